@@ -1,0 +1,1 @@
+"""ModelMount: AI models in OCI registries as Kubernetes volumes."""

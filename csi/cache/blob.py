@@ -1,0 +1,221 @@
+"""One blob in the cache: the writer of the fetcher, the reader of the worker. Both open by directory descriptor,
+so neither needs any right on the directories above.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Sequence
+
+from csi.cache import format as fmt
+from csi.cache.format import BlobState
+from csi.errors import CacheError
+from csi.oci.digest import Digest
+from csi.stream import blocks
+
+_READABLE = 0o640  # the worker is in the writer's group
+
+
+class _MappedBlob:
+    """The block map, mapped; segments opened when first used."""
+
+    def __init__(self, directory_fd: int, map_fd: int, size_bytes: int, *, writable: bool) -> None:
+        self._directory_fd = directory_fd
+        self._flags = os.O_RDWR if writable else os.O_RDONLY
+        self.size_bytes = size_bytes
+        self.block_count = blocks.block_count(size_bytes)
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self._map = mmap.mmap(map_fd, fmt.HEADER_BYTES + self.block_count, mmap.MAP_SHARED, protection)
+        self._segments: dict[int, int] = {}
+
+    @property
+    def state(self) -> BlobState:
+        """As the writer left it, this instant."""
+        return BlobState(self._map[fmt.STATE_OFFSET])
+
+    def has(self, block: int) -> bool:
+        """Whether the block's bytes are there. Says nothing about their being right: see `state`."""
+        return self._map[fmt.HEADER_BYTES + block] == 1
+
+    def present_blocks(self) -> int:
+        """How many blocks are there."""
+        return self._map[fmt.HEADER_BYTES :].count(1)
+
+    def next_missing(self, start: int) -> int:
+        """The first absent block at or after `start`, `block_count` if there is none."""
+        found = self._map.find(b"\0", fmt.HEADER_BYTES + start)
+        return self.block_count if found < 0 else found - fmt.HEADER_BYTES
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
+        """preadv2 of present bytes at `offset`, within one segment: at most to the segment's end.
+
+        Returns the bytes read. Raises: BlockingIOError with RWF_NOWAIT when they are not in memory, CacheError
+        when the segment is missing.
+        """
+        segment, at = offset // blocks.SEGMENT_BYTES, offset % blocks.SEGMENT_BYTES
+        return os.preadv(self._segment_fd(segment), buffers, at, flags)
+
+    def _segment_fd(self, segment: int) -> int:
+        fd = self._segments.get(segment)
+        if fd is None:
+            try:
+                fd = os.open(
+                    fmt.segment_name(segment), self._flags | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory_fd
+                )
+            except OSError as exc:
+                raise CacheError(f"cache segment {segment} cannot be opened: {exc.strerror}") from exc
+            self._segments[segment] = fd
+        return fd
+
+    def close(self) -> None:
+        """Idempotent."""
+        for fd in self._segments.values():
+            os.close(fd)
+        self._segments.clear()
+        if self._directory_fd >= 0:
+            self._map.close()
+            os.close(self._directory_fd)
+            self._directory_fd = -1
+
+
+class BlobReader(_MappedBlob):
+    """A worker's view: read-only. Blocks appear as the writer marks them."""
+
+    @classmethod
+    def open(cls, area_fd: int, digest: Digest, size_bytes: int) -> BlobReader:
+        """Raises: CacheError when the writer has not made the blob yet, or made it for another size."""
+        try:
+            directory_fd = os.open(digest.path_name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=area_fd)
+        except OSError as exc:
+            raise CacheError(f"blob {digest.short()} is not in the cache: {exc.strerror}") from exc
+        try:
+            map_fd = os.open(fmt.MAP_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory_fd)
+            try:
+                header = fmt.unpack_header(os.pread(map_fd, fmt.HEADER_BYTES, 0))
+                if header.size_bytes != size_bytes:
+                    raise CacheError(f"blob {digest.short()}: cached for {header.size_bytes} bytes, not {size_bytes}")
+                return cls(directory_fd, map_fd, size_bytes, writable=False)
+            finally:
+                os.close(map_fd)
+        except OSError as exc:
+            os.close(directory_fd)
+            raise CacheError(f"blob {digest.short()}: block map unreadable: {exc.strerror}") from exc
+        except CacheError:
+            os.close(directory_fd)
+            raise
+
+
+class BlobWriter(_MappedBlob):
+    """The fetcher's view. One writer per blob directory at a time; `write_block` is thread-safe for distinct blocks
+    of distinct segments' allocation state, which `_allocate` guards by creating each segment file once.
+    """
+
+    @classmethod
+    def open(cls, area_fd: int, digest: Digest, size_bytes: int, boot_id: bytes) -> BlobWriter:
+        """Resume what an earlier writer left, or start empty. Raises: CacheError."""
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(digest.path_name, 0o750, dir_fd=area_fd)
+            directory_fd = os.open(digest.path_name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=area_fd)
+        except OSError as exc:
+            raise CacheError(f"cache directory of blob {digest.short()}: {exc.strerror}") from exc
+        try:
+            map_fd = _open_map(directory_fd, size_bytes, boot_id)
+            try:
+                return cls(directory_fd, map_fd, size_bytes, writable=True)
+            finally:
+                os.close(map_fd)
+        except OSError as exc:
+            os.close(directory_fd)
+            raise CacheError(f"block map of blob {digest.short()}: {exc.strerror}") from exc
+
+    def write_block(self, block: int, data: memoryview) -> None:
+        """Write a whole block, then mark it. Raises: CacheError (a full disk); then the block stays absent."""
+        segment, offset = blocks.segment_of(block)
+        try:
+            fd = self._segments.get(segment)
+            if fd is None:
+                fd = self._allocate(segment)
+            while data:
+                written = os.pwrite(fd, data, offset)
+                data, offset = data[written:], offset + written
+        except OSError as exc:
+            raise CacheError(f"cache write failed: {exc.strerror}") from exc
+        self._map[fmt.HEADER_BYTES + block] = 1
+
+    def mark_verified(self) -> None:
+        """The sha256 matched: make the bytes durable, then say so. Raises: CacheError."""
+        try:
+            for segment in range(-(-self.size_bytes // blocks.SEGMENT_BYTES)):
+                os.fdatasync(self._segment_fd(segment))
+        except OSError as exc:
+            raise CacheError(f"cache sync failed: {exc.strerror}") from exc
+        self._map.flush()
+        self._map[fmt.STATE_OFFSET] = BlobState.VERIFIED
+        self._map.flush()
+
+    def poison(self) -> None:
+        """The sha256 did not match: nobody reads another byte of this, and the next writer starts empty."""
+        self._map[fmt.STATE_OFFSET] = BlobState.POISONED
+        self._map[fmt.HEADER_BYTES :] = bytes(self.block_count)
+
+    def allocate(self, block: int) -> None:
+        """Make room for the segment of `block` before its bytes arrive. Raises: CacheError."""
+        segment, _ = blocks.segment_of(block)
+        if segment not in self._segments:
+            try:
+                self._allocate(segment)
+            except OSError as exc:
+                raise CacheError(f"cache allocation failed: {exc.strerror}") from exc
+
+    def _allocate(self, segment: int) -> int:
+        fd = os.open(
+            fmt.segment_name(segment),
+            os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+            _READABLE,
+            dir_fd=self._directory_fd,
+        )
+        try:
+            length = blocks.segment_length(self.size_bytes, segment)
+            if os.fstat(fd).st_size != length:
+                os.posix_fallocate(fd, 0, length)
+        except OSError:
+            os.close(fd)
+            raise
+        kept = self._segments.setdefault(segment, fd)
+        if kept != fd:
+            os.close(fd)  # another thread was first
+        return kept
+
+
+def _open_map(directory_fd: int, size_bytes: int, boot_id: bytes) -> int:
+    count = blocks.block_count(size_bytes)
+    fd = os.open(fmt.MAP_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _READABLE, dir_fd=directory_fd)
+    try:
+        if not _is_usable(fd, size_bytes, boot_id):
+            header = fmt.MapHeader(size_bytes, blocks.BLOCK_BYTES, count, BlobState.FILLING, boot_id)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, fmt.pack_header(header) + bytes(count), 0)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _is_usable(fd: int, size_bytes: int, boot_id: bytes) -> bool:
+    try:
+        header = fmt.unpack_header(os.pread(fd, fmt.HEADER_BYTES, 0))
+    except CacheError:
+        return False
+    fits = (header.size_bytes, header.block_bytes) == (size_bytes, blocks.BLOCK_BYTES)
+    complete = os.fstat(fd).st_size == fmt.HEADER_BYTES + blocks.block_count(size_bytes)
+    trusted = header.state is BlobState.VERIFIED or (header.state is BlobState.FILLING and header.boot_id == boot_id)
+    return fits and complete and trusted
+
+
+def this_boot() -> bytes:
+    """16 bytes that differ from boot to boot."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return bytes.fromhex(file.read().strip().replace("-", ""))

@@ -1,0 +1,78 @@
+"""What lies on disk for one blob, in a directory named after its digest:
+
+    map         header (64 bytes) and one byte per 4 MiB block: 0 absent, 1 present
+    seg-00000   bytes of the blocks 0 to 15, allocated as a whole (posix_fallocate: writing into a hole costs four
+    seg-00001   times the CPU), and so on
+
+The map is shared memory between the one writer and any number of readers. A block is marked after its bytes are
+in the segment, so a process that dies at any instant loses at most unmarked blocks. A machine that dies may lose
+page cache behind a mark, so marks of another boot count only once the blob is `VERIFIED`: that state is written
+after fdatasync of every segment and a sha256 over the whole blob.
+
+All numbers little endian; a change of the layout is a new `VERSION` and another directory (see `area_path`).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+from csi.errors import CacheError
+
+VERSION = 1
+MAP_NAME = "map"
+_MAGIC = b"MMBLKMAP"
+_HEADER = struct.Struct("<8sHHIQQB15x16s")  # magic version pad block_bytes size blocks state boot_id
+HEADER_BYTES = _HEADER.size
+STATE_OFFSET = 32
+
+
+class BlobState(IntEnum):
+    """How far a blob's verification is."""
+
+    FILLING = 0
+    VERIFIED = 1
+    """Complete, and its sha256 is the descriptor's digest."""
+    POISONED = 2
+    """Complete, and its sha256 is not: no byte of it may be served."""
+
+
+@dataclass(frozen=True, slots=True)
+class MapHeader:
+    """The fixed part of a block map."""
+
+    size_bytes: int
+    block_bytes: int
+    blocks: int
+    state: BlobState
+    boot_id: bytes
+
+
+def pack_header(header: MapHeader) -> bytes:
+    """64 bytes."""
+    return _HEADER.pack(
+        _MAGIC, VERSION, 0, header.block_bytes, header.size_bytes, header.blocks, header.state, header.boot_id
+    )
+
+
+def unpack_header(data: bytes | memoryview) -> MapHeader:
+    """Raises: CacheError for a file that is not a block map of this version."""
+    try:
+        magic, version, _, block_bytes, size_bytes, blocks, state, boot_id = _HEADER.unpack_from(data)
+        known_state = BlobState(state)
+    except (struct.error, ValueError) as exc:
+        raise CacheError("damaged block map") from exc
+    if magic != _MAGIC or version != VERSION:
+        raise CacheError(f"not a block map of version {VERSION}")
+    return MapHeader(size_bytes, block_bytes, blocks, known_state, boot_id)
+
+
+def segment_name(segment: int) -> str:
+    """`seg-00012`."""
+    return f"seg-{segment:05d}"
+
+
+def area_path(domain: str, mount_id: str) -> str:
+    """Where the blobs of one mount lie, relative to the cache directory."""
+    return f"v{VERSION}/{domain}/mounts/{mount_id}"

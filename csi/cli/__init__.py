@@ -1,0 +1,1 @@
+"""The `modelmount` command: one module per group of verbs, imported only when its verb is used."""

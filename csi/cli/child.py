@@ -1,0 +1,33 @@
+"""`modelmount worker` and `modelmount fetcher`: started by the supervisor, never by hand."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from csi.observe import logs
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register both verbs."""
+    for name, what in (("worker", "serves one mount"), ("fetcher", "fetches the blobs of one mount")):
+        parser = subparsers.add_parser(name, help=f"{what} (started by the supervisor)")
+        parser.add_argument("--control-fd", type=int, required=True, help="the socket to the supervisor")
+        parser.add_argument("--uid", type=int, help="become this user before the first message")
+        parser.add_argument("--gid", type=int, help="and this group")
+        parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+        parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Import first, then give up every right, then listen."""
+    logs.set_up(args.verb, args.log_level)
+    if args.verb == "worker":
+        from csi.worker.main import run as serve
+    else:
+        from csi.fetcher.main import run as serve
+    if args.uid is not None:
+        from csi.jail.privileges import become
+
+        become(args.uid, args.gid)
+    return serve(args.control_fd)

@@ -1,0 +1,35 @@
+"""`modelmount keeper`. Imports the standard library only."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from csi.observe import logs
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the verb."""
+    parser = subparsers.add_parser(
+        "keeper",
+        help="the privileged process: mounts, and keeps every /dev/fuse descriptor",
+        description="The one privileged process of a node. Mounts, binds, unmounts; keeps every /dev/fuse descriptor.",
+    )
+    parser.add_argument("--state-dir", default="/run/modelmount", help="socket and mount points (default %(default)s)")
+    parser.add_argument(
+        "--target-root",
+        action="append",
+        metavar="DIR",
+        help="bind models only below this directory; may be repeated (default /)",
+    )
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM."""
+    from csi.keeper.main import KeeperSettings, serve
+
+    logs.set_up("keeper", args.log_level)
+    serve(KeeperSettings(state_dir=args.state_dir, target_roots=tuple(args.target_root or ["/"])))
+    return 0

@@ -1,0 +1,67 @@
+"""`modelmount node`: the CSI node service, alone or with everything it needs as one process tree."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from typing import Any
+
+from csi.cli import supervisor
+from csi.errors import InvalidVolumeError
+from csi.observe import logs
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the verb."""
+    parser = subparsers.add_parser(
+        "node",
+        help="the CSI node service that kubelet calls",
+        description="The CSI node service. With --all-in-one it starts a keeper and a supervisor of its own.",
+    )
+    parser.add_argument(
+        "--endpoint",
+        default=os.environ.get("CSI_ENDPOINT", ""),
+        help="unix:///path.sock to serve CSI at (default: the environment's CSI_ENDPOINT)",
+    )
+    parser.add_argument(
+        "--node-id",
+        default=os.environ.get("MODELMOUNT_NODE_ID") or socket.gethostname(),
+        help="this node's name in the cluster (default: MODELMOUNT_NODE_ID, else the host name)",
+    )
+    parser.add_argument("--state-dir", default="/run/modelmount", help="sockets and records (default %(default)s)")
+    parser.add_argument("--all-in-one", action="store_true", help="run keeper and supervisor as children")
+    parser.add_argument(
+        "--target-root", action="append", metavar="DIR", help="with --all-in-one: see 'modelmount keeper --help'"
+    )
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    supervisor.add_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM."""
+    logs.set_up("node", args.log_level)
+    if not args.endpoint:
+        raise InvalidVolumeError("no CSI endpoint: give --endpoint unix:///path.sock or set CSI_ENDPOINT")
+    if args.all_in_one:
+        from csi.cli.process_tree import run_tree
+
+        return run_tree(args)
+    import asyncio
+    from importlib.metadata import version
+
+    from csi.driver.server import NodeSettings, serve
+
+    asyncio.run(
+        serve(
+            NodeSettings(
+                endpoint=args.endpoint,
+                node_id=args.node_id,
+                state_dir=args.state_dir,
+                data_dir=args.data_dir,
+                version=version("modelmount"),
+            )
+        )
+    )
+    return 0

@@ -1,0 +1,136 @@
+"""Keeper, supervisor and node as one process tree, for a laptop, tests and small clusters.
+
+The same three commands as in a cluster, with the same sockets between them; this parent only starts them in order,
+restarts supervisor and node when they die, and stops them in reverse. The keeper is not restarted: with it the
+connections would be gone, and going on as if nothing had happened would hide that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from csi.cli import supervisor
+from csi.control import endpoint
+from csi.control.keeper import SOCKET_NAME as KEEPER_SOCKET
+from csi.control.supervisor import SOCKET_NAME as SUPERVISOR_SOCKET
+from csi.errors import ControlError, MountError
+
+log = logging.getLogger(__name__)
+
+_START_TIMEOUT_S = 20.0
+_STOP_TIMEOUT_S = 10.0
+_RESTART_DELAY_S = 0.5
+
+
+class ProcessTree:
+    """Children by name, in the order they were started."""
+
+    def __init__(self, state_dir: str) -> None:
+        self._state_dir = state_dir
+        self._commands: dict[str, list[str]] = {}
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, arguments: Sequence[str], is_up: Callable[[], None]) -> None:
+        """Start `modelmount <name>` and wait until `is_up` raises nothing. Raises: MountError, ControlError."""
+        self._commands[name] = [sys.executable, "-m", "csi.cli.main", name, *arguments]
+        child = self._spawn(name)
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while True:
+            if child.poll() is not None:
+                raise MountError(f"{name} ended at its start with status {child.returncode}; its message is above")
+            try:
+                is_up()
+                return
+            except ControlError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+
+    def watch(self, stopping: Callable[[], bool]) -> int:
+        """Restart what may be restarted until `stopping`. Returns the exit status."""
+        while not stopping():
+            for name, child in list(self._children.items()):
+                if child.poll() is None:
+                    continue
+                if name == "keeper":
+                    log.error("the keeper ended with status %d; every mount is lost", child.returncode)
+                    return 1
+                log.error("%s ended with status %d; it is started again", name, child.returncode)
+                time.sleep(_RESTART_DELAY_S)
+                self._spawn(name)
+            time.sleep(0.1)
+        return 0
+
+    def stop(self) -> None:
+        """SIGTERM in reverse order, one after the other; SIGKILL after 10 s."""
+        for name, child in reversed(self._children.items()):
+            if child.poll() is not None:
+                continue
+            child.terminate()
+            try:
+                child.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                log.error("%s did not stop within %g s; it is killed", name, _STOP_TIMEOUT_S)
+                child.kill()
+                child.wait()
+
+    def _spawn(self, name: str) -> subprocess.Popen[bytes]:
+        # A session of its own: Ctrl-C reaches this parent only, which stops the others in order.
+        child = subprocess.Popen(self._commands[name], start_new_session=True, stdin=subprocess.DEVNULL)
+        self._children[name] = child
+        return child
+
+
+def start_keeper_and_supervisor(tree: ProcessTree, args: argparse.Namespace) -> None:
+    """The two processes every mount needs, with the flags of `args`."""
+    common = [f"--state-dir={args.state_dir}", f"--log-level={args.log_level}"]
+    roots = [f"--target-root={root}" for root in args.target_root or []]
+    tree.start("keeper", [*common, *roots], lambda: _answers(args.state_dir, KEEPER_SOCKET))
+    tree.start("supervisor", [*common, *supervisor.flags_of(args)], lambda: _answers(args.state_dir, SUPERVISOR_SOCKET))
+
+
+def run_tree(args: argparse.Namespace) -> int:
+    """`modelmount node --all-in-one`."""
+    require_root()
+    stop_requested = False
+
+    def on_signal(*_: object) -> None:
+        nonlocal stop_requested
+        stop_requested = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    tree = ProcessTree(args.state_dir)
+    try:
+        start_keeper_and_supervisor(tree, args)
+        tree.start(
+            "node",
+            [
+                f"--state-dir={args.state_dir}",
+                f"--data-dir={args.data_dir}",
+                f"--endpoint={args.endpoint}",
+                f"--node-id={args.node_id}",
+                f"--log-level={args.log_level}",
+            ],
+            lambda: None,
+        )
+        return tree.watch(lambda: stop_requested)
+    finally:
+        tree.stop()
+
+
+def require_root() -> None:
+    """Raises: MountError that says so in one line."""
+    if os.geteuid() != 0:
+        raise MountError("mounting needs root: run it again with sudo")
+
+
+def _answers(state_dir: str, socket_name: str) -> None:
+    endpoint.call(os.path.join(state_dir, socket_name), "ping", 2.0)

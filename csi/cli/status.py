@@ -1,0 +1,75 @@
+"""`modelmount status`: what is mounted on this node, how far each model is, and what went wrong lately."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the verb."""
+    parser = subparsers.add_parser(
+        "status",
+        help="what is mounted, how far it is fetched, what went wrong",
+        description="The mounts of this node. Asks the supervisor, never a mounted file system.",
+    )
+    parser.add_argument("target", nargs="?", help="only the mount shown at this path")
+    parser.add_argument("--state-dir", default="/run/modelmount", help="where the supervisor listens (%(default)s)")
+    parser.add_argument("--output", choices=["text", "json"], default="text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the mounts."""
+    from csi.control.supervisor import SupervisorClient
+
+    mounts = SupervisorClient(args.state_dir).status(args.target)
+    if args.output == "json":
+        print(json.dumps({"mounts": mounts}, indent=2, sort_keys=True))
+        return 0
+    if not mounts:
+        print("nothing is mounted")
+    for mount in mounts:
+        print("\n".join(_lines(mount)))
+    return 0
+
+
+def progress_of(mount: dict[str, Any]) -> tuple[int, int, str]:
+    """Bytes in the cache (whole blocks), bytes of all blobs, and how far their verification is."""
+    blobs = mount["progress"].get("blobs", [])
+    total = sum(blob["size_bytes"] for blob in blobs)
+    present = sum(
+        blob["size_bytes"]
+        if blob["present_blocks"] == blob["blocks"]
+        else blob["size_bytes"] * blob["present_blocks"] // max(1, blob["blocks"])
+        for blob in blobs
+    )
+    states = {blob["state"] for blob in blobs}
+    if "poisoned" in states:
+        return present, total, "WRONG BYTES: reads fail"
+    verified = sum(blob["state"] == "verified" for blob in blobs)
+    if verified == len(blobs) and blobs:
+        return present, total, "verified"
+    return present, total, f"unverified ({verified} of {len(blobs)} blobs verified)"
+
+
+def _lines(mount: dict[str, Any]) -> list[str]:
+    present, total, verification = progress_of(mount)
+    percent = 100 * present / total if total else 100.0
+    lines = [
+        mount["reference"],
+        f"  cached    {percent:5.1f} %  {present / 1e6:,.1f} of {total / 1e6:,.1f} MB, {mount['files']} files",
+        f"  verify    {mount['verify']}: {verification}",
+        f"  workers   worker {mount['worker_pid']} ({mount['worker_restarts']} restarts), "
+        f"fetcher {mount['fetcher_pid']} ({mount['fetcher_restarts']} restarts)",
+        f"  survives  {'a crash of the worker' if mount['can_resend'] else 'planned upgrades only (kernel < 6.9)'}",
+    ]
+    lines += [f"  shown at  {target}" for target in mount["targets"]]
+    if error := mount["progress"].get("last_error"):
+        lines.append(f"  trouble   {error}")
+    for event in mount["events"][-5:]:
+        when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+        lines.append(f"  event     {when} {event['reason']}: {event['message']}")
+    return lines

@@ -1,0 +1,95 @@
+"""`modelmount supervisor`, and the flags it shares with `modelmount node --all-in-one`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from csi.observe import logs
+
+# Numbers that no distribution gives to a user; the files they own are the cache's alone.
+WORKER_UID, FETCHER_UID, CHILD_GID = 64100, 64101, 64100
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the verb."""
+    parser = subparsers.add_parser(
+        "supervisor",
+        help="starts, watches and replaces the workers and fetchers of a node",
+        description="Starts, watches and replaces workers and fetchers; holds a second copy of every connection.",
+    )
+    parser.add_argument("--state-dir", default="/run/modelmount", help="sockets and trees (default %(default)s)")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    add_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how models are fetched and cached."""
+    group = parser.add_argument_group("fetching and cache")
+    group.add_argument("--data-dir", default="/var/lib/modelmount", help="cache and pins (default %(default)s)")
+    group.add_argument(
+        "--plain-http-host",
+        action="append",
+        default=[],
+        metavar="HOST[:PORT]",
+        help="speak plain HTTP to this registry; may be repeated (loopback registries need no entry)",
+    )
+    group.add_argument(
+        "--layout-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="allow oci-layout: references below this directory; may be repeated (default none)",
+    )
+    group.add_argument("--fetch-threads", type=int, default=3, metavar="N", help="connections per mount (default 3)")
+    group.add_argument(
+        "--read-deadline", type=float, default=120.0, metavar="S", help="how long a read waits (default 120 s)"
+    )
+    group.add_argument(
+        "--read-ahead-kb", type=int, default=16384, metavar="KIB", help="the kernel's read-ahead (default 16384)"
+    )
+    group.add_argument(
+        "--spares", type=int, default=1, metavar="N", help="workers and fetchers started ahead (default 1)"
+    )
+
+
+def flags_of(args: argparse.Namespace) -> list[str]:
+    """The same flags again, for a child process."""
+    flags = [
+        f"--data-dir={args.data_dir}",
+        f"--fetch-threads={args.fetch_threads}",
+        f"--read-deadline={args.read_deadline}",
+        f"--read-ahead-kb={args.read_ahead_kb}",
+        f"--spares={args.spares}",
+    ]
+    flags += [f"--plain-http-host={host}" for host in args.plain_http_host]
+    return flags + [f"--layout-root={root}" for root in args.layout_root]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM."""
+    import asyncio
+
+    from csi.supervisor.main import serve
+    from csi.supervisor.settings import SupervisorSettings
+
+    logs.set_up("supervisor", args.log_level)
+    is_root = os.geteuid() == 0
+    settings = SupervisorSettings(
+        state_dir=args.state_dir,
+        data_dir=args.data_dir,
+        plain_http_hosts=tuple(args.plain_http_host),
+        layout_roots=tuple(args.layout_root),
+        read_ahead_kb=args.read_ahead_kb,
+        fetch_threads=args.fetch_threads,
+        read_deadline_s=args.read_deadline,
+        spares=args.spares,
+        worker_uid=WORKER_UID if is_root else None,
+        fetcher_uid=FETCHER_UID if is_root else None,
+        child_gid=CHILD_GID if is_root else None,
+        allowed_uids=frozenset({0, os.geteuid()}),
+    )
+    asyncio.run(serve(settings))
+    return 0

@@ -1,0 +1,69 @@
+"""The keeper's operations, as its clients call them. The server side is `csi.keeper.main`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from csi.control import endpoint, wire
+from csi.errors import ControlError
+
+SOCKET_NAME = "keeper.sock"
+_TIMEOUT_S = 20.0  # mounts and binds take milliseconds; only a stuck host takes longer
+
+
+@dataclass(frozen=True, slots=True)
+class KeptMount:
+    """A superblock the keeper holds. `can_resend`: the kernel repeats requests a dead worker had taken."""
+
+    mount_id: str
+    device: str
+    init_set_version: int
+    can_resend: bool
+
+
+class KeeperClient:
+    """Blocking calls; each uses a connection of its own, so any number of threads may share a client."""
+
+    def __init__(self, state_dir: str) -> None:
+        self._path = os.path.join(state_dir, SOCKET_NAME)
+
+    def ping(self) -> dict[str, object]:
+        """What the keeper says of itself: pid, kernel, init_set_version."""
+        return self._call("ping")[0]
+
+    def mount(self, mount_id: str, read_ahead_kb: int) -> tuple[KeptMount, int, bytes]:
+        """The superblock of `mount_id`, made if there is none: what it is, its /dev/fuse fd, its INIT request."""
+        fields, fds = self._call("mount", mount_id=mount_id, read_ahead_kb=read_ahead_kb)
+        if len(fds) != 1:
+            wire.close_all(fds)
+            raise ControlError(f"keeper answered 'mount' with {len(fds)} descriptors, expected 1")
+        return _kept(fields), fds[0], bytes.fromhex(str(fields["init"]))
+
+    def bind(self, mount_id: str, target_path: str) -> bool:
+        """Show the superblock read-only at `target_path`; False when it was there already."""
+        return bool(self._call("bind", mount_id=mount_id, target_path=target_path)[0]["bound"])
+
+    def unbind(self, target_path: str) -> None:
+        """Detach what is ours at `target_path` and remove the directory. Nothing there is fine."""
+        self._call("unbind", target_path=target_path)
+
+    def unmount(self, mount_id: str) -> None:
+        """Detach the superblock and let go of its connection. Unknown is fine."""
+        self._call("unmount", mount_id=mount_id)
+
+    def mounts(self) -> list[KeptMount]:
+        """The superblocks the keeper holds."""
+        return [_kept(entry) for entry in self._call("list")[0]["mounts"]]
+
+    def _call(self, op: str, **fields: str | int) -> tuple[wire.Message, list[int]]:
+        return endpoint.call(self._path, op, _TIMEOUT_S, (), **fields)
+
+
+def _kept(fields: wire.Message) -> KeptMount:
+    return KeptMount(
+        mount_id=wire.field(fields, "mount_id", str),
+        device=wire.field(fields, "device", str),
+        init_set_version=wire.field(fields, "init_set_version", int),
+        can_resend=wire.field(fields, "can_resend", bool),
+    )

@@ -1,0 +1,108 @@
+"""The supervisor's operations, as its clients call them. The server side is `csi.supervisor.main`."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from csi.control import endpoint, wire
+from csi.errors import ControlError
+from csi.oci.digest import Digest
+from csi.oci.reference import Reference
+from csi.volume import Verify
+
+SOCKET_NAME = "supervisor.sock"
+_ENSURE_TIMEOUT_S = 100.0  # below kubelet's two minutes; the work goes on, and the next call joins it
+_QUICK_TIMEOUT_S = 20.0
+_STATUS_LIMIT_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedMount:
+    """A mount somebody has a lease of. `total_bytes` and `files` are those of the whole model."""
+
+    mount_id: str
+    digest: Digest
+    device: str
+    verify: Verify
+    can_resend: bool
+    files: int
+    total_bytes: int
+
+
+class SupervisorClient:
+    """Blocking calls; each uses a connection of its own, so any number of threads may share a client."""
+
+    def __init__(self, state_dir: str) -> None:
+        self._path = os.path.join(state_dir, SOCKET_NAME)
+
+    def ping(self) -> int:
+        """The supervisor's pid."""
+        return int(self._call("ping")["pid"])
+
+    def ensure(
+        self,
+        *,
+        target_path: str,
+        volume_id: str,
+        reference: Reference,
+        pinned: Digest | None,
+        verify: Verify,
+        credentials: dict[str, str] | None,
+    ) -> LeasedMount:
+        """The mount of that model, made or joined, with a lease for `target_path`."""
+        fields = self._call(
+            "ensure",
+            _ENSURE_TIMEOUT_S,
+            target_path=target_path,
+            volume_id=volume_id,
+            reference=str(reference),
+            pinned=str(pinned) if pinned else None,
+            verify=str(verify),
+            credentials=credentials,
+        )
+        return _leased(fields)
+
+    def renew(self, target_path: str, credentials: dict[str, str] | None) -> LeasedMount | None:
+        """Hand over newer credentials. None: no such lease, or its mount is dead."""
+        found = self._call("renew", target_path=target_path, credentials=credentials)["mount"]
+        return None if found is None else _leased(found)
+
+    def release(self, target_path: str) -> None:
+        """Give a lease back. Unknown is fine."""
+        self._call("release", target_path=target_path)
+
+    def reconcile(self, target_paths: list[str]) -> None:
+        """These leases are all we have."""
+        self._call("reconcile", target_paths=target_paths)
+
+    def status(self, target_path: str | None = None) -> list[dict[str, Any]]:
+        """Every mount (or one target's) with progress, counters and events."""
+        _, fds = endpoint.call(self._path, "status", _QUICK_TIMEOUT_S, target_path=target_path)
+        if len(fds) != 1:
+            wire.close_all(fds)
+            raise ControlError("supervisor answered 'status' without its content")
+        try:
+            mounts: list[dict[str, Any]] = json.loads(wire.read_all(fds[0], _STATUS_LIMIT_BYTES, "status"))
+        finally:
+            os.close(fds[0])
+        return mounts
+
+    def _call(self, op: str, timeout_s: float = _QUICK_TIMEOUT_S, **fields: Any) -> dict[str, Any]:
+        reply, fds = endpoint.call(self._path, op, timeout_s, (), **fields)
+        wire.close_all(fds)
+        return reply
+
+
+def _leased(fields: dict[str, Any]) -> LeasedMount:
+    return LeasedMount(
+        mount_id=wire.field(fields, "mount_id", str),
+        digest=Digest.parse(wire.field(fields, "digest", str)),
+        device=wire.field(fields, "device", str),
+        verify=Verify(wire.field(fields, "verify", str)),
+        can_resend=wire.field(fields, "can_resend", bool),
+        files=wire.field(fields, "files", int),
+        total_bytes=wire.field(fields, "total_bytes", int),
+    )

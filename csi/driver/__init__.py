@@ -1,0 +1,1 @@
+"""The CSI node service: requests in, publications out. Nothing here parses what came from a registry."""

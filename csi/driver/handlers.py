@@ -1,0 +1,71 @@
+"""What every RPC handler shares: our errors become status codes, the rest INTERNAL with a traceback in the log.
+
+A handler parses its request, calls one core method, and maps the result. Messages may be shown to a pod's author.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+
+from csi.driver.status_map import status_of
+from csi.errors import InvalidVolumeError, ModelMountError
+
+log = logging.getLogger(__name__)
+
+_Reply = TypeVar("_Reply")
+_MAX_ID_BYTES = 128  # CSI spec, "Size Limits"
+_MAX_PATH_BYTES = 4096
+
+
+def rpc(
+    handler: Callable[[Any, Any, grpc.aio.ServicerContext], Awaitable[_Reply]],
+) -> Callable[[Any, Any, grpc.aio.ServicerContext], Awaitable[_Reply]]:
+    """Decorates an RPC handler. Requests are never logged whole: they carry secrets."""
+
+    @functools.wraps(handler)
+    async def handled(self: Any, request: Any, context: grpc.aio.ServicerContext) -> _Reply:
+        started = time.monotonic()
+        extra = {"rpc": handler.__name__, "volume_id": getattr(request, "volume_id", None)}
+        try:
+            reply = await handler(self, request, context)
+        except ModelMountError as exc:
+            code = status_of(exc)
+            log.warning("%s: %s: %s", handler.__name__, code.name, exc, extra=extra)
+            await context.abort(code, str(exc))
+            raise AssertionError("unreachable: abort raises") from exc
+        except grpc.aio.AbortError:
+            raise
+        except Exception as exc:
+            log.exception("%s failed by a bug", handler.__name__, extra=extra)
+            await context.abort(grpc.StatusCode.INTERNAL, f"internal error ({type(exc).__name__}); see the node's log")
+            raise AssertionError("unreachable: abort raises") from exc
+        log.debug("%s: OK in %.1f ms", handler.__name__, (time.monotonic() - started) * 1000, extra=extra)
+        return reply
+
+    return handled
+
+
+def required_id(value: str, field: str) -> str:
+    """Raises: InvalidVolumeError when missing, or over the 128 bytes of the CSI spec."""
+    if not value:
+        raise InvalidVolumeError(f"{field} is missing", field=field)
+    if len(value.encode()) > _MAX_ID_BYTES:
+        raise InvalidVolumeError(
+            f"{field} has {len(value.encode())} bytes, the CSI limit is {_MAX_ID_BYTES}", field=field
+        )
+    return value
+
+
+def required_path(value: str, field: str) -> str:
+    """Raises: InvalidVolumeError when missing, relative, or too long."""
+    if not value:
+        raise InvalidVolumeError(f"{field} is missing", field=field)
+    if not value.startswith("/") or len(value.encode()) > _MAX_PATH_BYTES or "\0" in value:
+        raise InvalidVolumeError(f"{field} {value[:200]!r} must be an absolute path of at most 4096 bytes", field=field)
+    return value

@@ -1,0 +1,198 @@
+"""Publish and unpublish, without gRPC: the CSI node service and `modelmount mount` both call this.
+
+    locks    one per target path. A second publish of a target in work is refused at once (OperationPendingError);
+             an unpublish waits a little, because it must win in the end.
+    order    lease, record, bind; back in reverse. A crash at any point leaves what the next call, or `recover`,
+             completes or takes back.
+
+Nothing here touches a mounted file system: what is mounted is read from mountinfo.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
+
+from csi import mountinfo
+from csi.control.keeper import KeeperClient
+from csi.control.supervisor import LeasedMount, SupervisorClient
+from csi.driver.records import Pins, Publication, Publications
+from csi.errors import ControlError, ModelMountError, OperationPendingError, VolumeConflictError
+from csi.volume import VolumeAttributes
+
+log = logging.getLogger(__name__)
+
+_UNPUBLISH_PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishRequest:
+    """One volume to show at one path. `arguments`: see `Publication.arguments`; secrets are not part of it."""
+
+    volume_id: str
+    target_path: str
+    attributes: VolumeAttributes
+    arguments: str
+    credentials: dict[str, str] | None = field(default=None, repr=False)
+
+
+class Publisher:
+    """Use from one event loop; blocking calls to keeper and supervisor run in threads."""
+
+    def __init__(
+        self,
+        keeper: KeeperClient,
+        supervisor: SupervisorClient,
+        publications: Publications,
+        pins: Pins,
+        boot_id: str,
+    ) -> None:
+        self._keeper, self._supervisor = keeper, supervisor
+        self._publications, self._pins = publications, pins
+        self._boot_id = boot_id
+        # Weak: a lock lives while somebody holds it or waits for it.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def recover(self) -> None:
+        """After a start: tell the supervisor which leases are still ours."""
+        targets = [publication.target_path for publication in self._publications.all()]
+        await asyncio.to_thread(self._supervisor.reconcile, targets)
+
+    async def publish(self, request: PublishRequest) -> Publication:
+        """Show the model at the target. The same request again is a no-op, or heals a dead mount.
+
+        Raises: OperationPendingError, VolumeConflictError, and whatever keeps the model from being mounted; then the
+        target is as it was before. For a target that is published already only retryable errors are raised: a final
+        one would make kubelet take down a live pod's volume.
+        """
+        async with self._target_lock(request.target_path, patience_s=0):
+            before = self._publications.get(request.target_path)
+            if before is None:
+                return await self._publish_first(request)
+            if (before.volume_id, before.arguments) != (request.volume_id, request.arguments):
+                raise VolumeConflictError(
+                    f"target {request.target_path}: published already, for volume {before.volume_id} and with other "
+                    "arguments; unpublish it first",
+                    target_path=request.target_path,
+                )
+            try:
+                return await self._publish_again(request, before)
+            except ModelMountError as exc:
+                if exc.retryable:
+                    raise
+                raise ControlError(f"volume {request.volume_id}: its mount is gone and not yet back: {exc}") from exc
+
+    async def unpublish(self, volume_id: str, target_path: str) -> None:
+        """Take the model away from the target. Unknown volume, unknown target: nothing to do.
+
+        Raises: OperationPendingError, MountError (something that is not ours is in the way), ControlError.
+        """
+        async with self._target_lock(target_path, patience_s=_UNPUBLISH_PATIENCE_S):
+            await asyncio.to_thread(self._keeper.unbind, target_path)
+            await asyncio.to_thread(self._supervisor.release, target_path)
+            self._publications.remove(target_path)
+            if not self._publications.of_volume(volume_id):
+                self._pins.remove(volume_id)
+
+    def at(self, target_path: str) -> Publication | None:
+        """The publication at that path, from memory."""
+        return self._publications.get(target_path)
+
+    def publication(self, volume_id: str, target_path: str) -> Publication | None:
+        """The publication of that volume at that path, from memory."""
+        found = self._publications.get(target_path)
+        return found if found is not None and found.volume_id == volume_id else None
+
+    async def _publish_first(self, request: PublishRequest) -> Publication:
+        had_pin = self._pins.get(request.volume_id) is not None
+        try:
+            mount = await self._lease(request)
+            publication = self._record(request, mount)
+            await asyncio.to_thread(self._keeper.bind, mount.mount_id, request.target_path)
+        except BaseException:
+            await self._take_back(request, drop_pin=not had_pin)
+            raise
+        log.info("published volume %s at %s: %s", request.volume_id, request.target_path, publication.digest)
+        return publication
+
+    async def _publish_again(self, request: PublishRequest, before: Publication) -> Publication:
+        mount = await asyncio.to_thread(self._supervisor.renew, request.target_path, request.credentials)
+        if mount is not None and _shows(request.target_path, mount.device):
+            return before
+        log.warning("volume %s at %s: its mount is gone; it is made anew", request.volume_id, request.target_path)
+        mount = await self._lease(request)
+        publication = self._record(request, mount)
+        await asyncio.to_thread(self._keeper.bind, mount.mount_id, request.target_path)
+        return publication
+
+    async def _lease(self, request: PublishRequest) -> LeasedMount:
+        reference = request.attributes.reference
+        return await asyncio.to_thread(
+            self._supervisor.ensure,
+            target_path=request.target_path,
+            volume_id=request.volume_id,
+            reference=reference,
+            pinned=None if reference.digest else self._pins.get(request.volume_id),
+            verify=request.attributes.verify,
+            credentials=request.credentials,
+        )
+
+    def _record(self, request: PublishRequest, mount: LeasedMount) -> Publication:
+        publication = Publication(
+            volume_id=request.volume_id,
+            target_path=request.target_path,
+            arguments=request.arguments,
+            digest=str(mount.digest),
+            mount_id=mount.mount_id,
+            device=mount.device,
+            total_bytes=mount.total_bytes,
+            files=mount.files,
+            boot_id=self._boot_id,
+        )
+        self._pins.put(request.volume_id, mount.digest)
+        self._publications.put(publication)
+        return publication
+
+    async def _take_back(self, request: PublishRequest, *, drop_pin: bool) -> None:
+        """A first publish failed: kubelet will not call unpublish after a final error, so nothing may stay."""
+        self._publications.remove(request.target_path)
+        if drop_pin:
+            self._pins.remove(request.volume_id)
+        with contextlib.suppress(ModelMountError):
+            await asyncio.to_thread(self._supervisor.release, request.target_path)
+
+    @contextlib.asynccontextmanager
+    async def _target_lock(self, target_path: str, patience_s: float) -> AsyncIterator[None]:
+        lock = self._locks.get(target_path)
+        if lock is None:
+            lock = self._locks[target_path] = asyncio.Lock()
+        if patience_s <= 0 and lock.locked():
+            raise _pending(target_path)
+        try:
+            async with asyncio.timeout(patience_s or None):
+                await lock.acquire()
+        except TimeoutError:
+            raise _pending(target_path) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _pending(target_path: str) -> OperationPendingError:
+    return OperationPendingError(
+        f"target {target_path}: another call is working on it; it will be done when you call again",
+        target_path=target_path,
+    )
+
+
+def _shows(target_path: str, device: str) -> bool:
+    """Whether the topmost mount at the target is that superblock. Only the target's parent is looked at."""
+    parent, name = os.path.split(target_path)
+    stacked = mountinfo.at(mountinfo.read(), os.path.join(os.path.realpath(parent), name))
+    return bool(stacked) and stacked[-1].device == device

@@ -1,0 +1,138 @@
+"""What the node process remembers on disk: publications of this boot, and pins that outlive boots.
+
+A publication says which volume was published where, and with which arguments, so that a repeat can be told from
+a conflict after a restart. Written before the bind and removed after the unbind; what is really mounted is
+mountinfo's business, and wins.
+
+A pin says which digest a volume got at its first publish on this node. It lives until the volume's last unpublish
+here, beyond reboots: a restarted pod never gets another model because a tag moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from csi.oci.digest import Digest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Publication:
+    """One published target. `arguments` is a fingerprint of everything a repeat must repeat."""
+
+    volume_id: str
+    target_path: str
+    arguments: str
+    digest: str
+    mount_id: str
+    device: str
+    total_bytes: int
+    files: int
+    boot_id: str
+
+
+class Publications:
+    """Files below `directory`, one per target path."""
+
+    def __init__(self, directory: str, boot_id: str) -> None:
+        self._directory = directory
+        self._boot_id = boot_id
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        self._by_target: dict[str, Publication] = {}
+        for name in sorted(os.listdir(directory)):
+            path = os.path.join(directory, name)
+            record = _load(path)
+            if record is None or record.get("boot_id") != boot_id:  # the mounts of another boot are gone
+                os.unlink(path)
+                continue
+            publication = Publication(**record)
+            self._by_target[publication.target_path] = publication
+
+    def get(self, target_path: str) -> Publication | None:
+        """The publication at that target."""
+        return self._by_target.get(target_path)
+
+    def all(self) -> list[Publication]:
+        """Every publication of this boot."""
+        return list(self._by_target.values())
+
+    def of_volume(self, volume_id: str) -> list[Publication]:
+        """Where that volume is published."""
+        return [publication for publication in self._by_target.values() if publication.volume_id == volume_id]
+
+    def put(self, publication: Publication) -> None:
+        """Durable when it returns."""
+        _store(self._path(publication.target_path), asdict(publication))
+        self._by_target[publication.target_path] = publication
+
+    def remove(self, target_path: str) -> None:
+        """No such publication: nothing to do."""
+        self._by_target.pop(target_path, None)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path(target_path))
+
+    def _path(self, target_path: str) -> str:
+        return os.path.join(self._directory, _name(target_path))
+
+
+class Pins:
+    """Files below `directory`, one per volume id."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+
+    def get(self, volume_id: str) -> Digest | None:
+        """The digest this volume is pinned to."""
+        record = _load(self._path(volume_id))
+        return Digest.parse(str(record["digest"])) if record else None
+
+    def put(self, volume_id: str, digest: Digest) -> None:
+        """Durable when it returns."""
+        _store(self._path(volume_id), {"volume_id": volume_id, "digest": str(digest)})
+
+    def remove(self, volume_id: str) -> None:
+        """No such pin: nothing to do."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path(volume_id))
+
+    def _path(self, volume_id: str) -> str:
+        return os.path.join(self._directory, _name(volume_id))
+
+
+def _name(text: str) -> str:
+    """Ids and paths come from outside and never become part of a path as they are."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest() + ".json"
+
+
+def _load(path: str) -> dict[str, Any] | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as exc:
+        log.warning("record %s is unreadable and ignored: %s", os.path.basename(path), exc)
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _store(path: str, record: dict[str, Any]) -> None:
+    temporary = path + ".tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(record, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory_fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory_fd)
+    finally:
+        os.close(directory_fd)

@@ -1,0 +1,124 @@
+"""The gRPC server on the CSI socket. The socket first, recovery after: kubelet's registrar waits one second."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from dataclasses import dataclass
+
+import grpc
+
+from csi.cache.blob import this_boot
+from csi.control.keeper import KeeperClient
+from csi.control.supervisor import SupervisorClient
+from csi.driver.identity import IdentityService
+from csi.driver.node import NodeService
+from csi.driver.publisher import Publisher
+from csi.driver.records import Pins, Publications
+from csi.errors import ControlError, InvalidVolumeError
+from csi.wire import csi_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+_SUN_PATH_MAX = 107
+_STOP_GRACE_S = 1.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeSettings:
+    """`endpoint` is `unix:///path.sock`; the other directories are those of keeper and supervisor."""
+
+    endpoint: str
+    node_id: str
+    state_dir: str
+    data_dir: str
+    version: str
+
+
+def socket_path(endpoint: str) -> str:
+    """The path of a `unix:` endpoint. Raises: InvalidVolumeError for any other, or one too long for a socket."""
+    path = endpoint.removeprefix("unix://") if endpoint.startswith("unix://") else endpoint.removeprefix("unix:")
+    if endpoint == path or not path.startswith("/"):
+        raise InvalidVolumeError(
+            f"CSI endpoint {endpoint!r}: expected unix:///absolute/path.sock (CSI_ENDPOINT or --endpoint)",
+            field="endpoint",
+        )
+    if len(os.fsencode(path)) > _SUN_PATH_MAX:
+        raise InvalidVolumeError(
+            f"CSI endpoint {path!r} has {len(os.fsencode(path))} bytes; a socket path has at most {_SUN_PATH_MAX}",
+            field="endpoint",
+        )
+    return path
+
+
+def open_publisher(state_dir: str, data_dir: str) -> Publisher:
+    """A publisher over the keeper and supervisor of `state_dir`."""
+    boot_id = this_boot().hex()
+    return Publisher(
+        KeeperClient(state_dir),
+        SupervisorClient(state_dir),
+        Publications(os.path.join(state_dir, "publications"), boot_id),
+        Pins(os.path.join(data_dir, "pins")),
+        boot_id,
+    )
+
+
+async def serve(settings: NodeSettings) -> None:
+    """Serve until SIGTERM or SIGINT. Publications stay."""
+    path = socket_path(settings.endpoint)
+    _clear_socket(path)
+    publisher = open_publisher(settings.state_dir, settings.data_dir)
+    recovered = asyncio.Event()
+    server = grpc.aio.server()
+    csi_pb2_grpc.add_IdentityServicer_to_server(IdentityService(settings.version, recovered.is_set), server)
+    csi_pb2_grpc.add_NodeServicer_to_server(NodeService(settings.node_id, publisher), server)
+    old_umask = os.umask(0o177)
+    try:
+        server.add_insecure_port(f"unix:{path}")
+        await server.start()
+    finally:
+        os.umask(old_umask)
+    log.info("CSI node service at %s", path)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    recovery = asyncio.create_task(_recover(publisher, recovered))
+    try:
+        await stop.wait()
+    finally:
+        recovery.cancel()
+        await server.stop(_STOP_GRACE_S)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+async def _recover(publisher: Publisher, recovered: asyncio.Event) -> None:
+    while True:
+        try:
+            await publisher.recover()
+        except ControlError as exc:
+            log.warning("waiting for the supervisor: %s", exc)
+            await asyncio.sleep(0.5)
+            continue
+        recovered.set()
+        return
+
+
+def _clear_socket(path: str) -> None:
+    """Remove a socket nobody listens on. Raises: ControlError when somebody does."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except FileNotFoundError:
+            return
+        except OSError:
+            os.unlink(path)
+            return
+    raise ControlError(f"another CSI driver listens on {path}; stop it, or choose another --endpoint")

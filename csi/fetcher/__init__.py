@@ -1,0 +1,1 @@
+"""The fetcher: one process per mount with network and a writable cache area, and without FUSE."""

@@ -1,0 +1,291 @@
+"""Moves blocks from a source into the cache: threads that each fetch one range at a time, and one that hashes.
+
+    _lock        guards the scheduler, the counters and the wake-ups; never held during I/O
+    _writers     fixed list after the constructor; a writer's `write_block` is called without the lock
+    readers      learn of a block by `on_block` after its mark is set in the shared block map
+
+One thread never does background work, so that a demanded block does not queue behind it. Retries are endless while
+the mount lives: how long a reader waits is the reader's decision (its deadline), not the fetcher's.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import mmap
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from csi.cache.blob import BlobWriter
+from csi.cache.format import BlobState
+from csi.errors import (
+    CacheError,
+    ContentError,
+    DigestMismatchError,
+    ModelMountError,
+    RegistryAuthError,
+    RegistryError,
+)
+from csi.stream import blocks
+from csi.stream.ports import ModelSource
+from csi.stream.scheduler import Job, Priority, Scheduler
+from csi.tree.model import BlobSpec
+
+log = logging.getLogger(__name__)
+
+_FIRST_DELAY_S = 0.2
+_MAX_DELAY_S = 10.0
+_AUTH_DELAY_S = 2.0  # new credentials wake the wait at once
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """`threads` connections in all, one of them for readers only. `fill`: fetch the whole model in the background."""
+
+    threads: int = 3
+    fill: bool = True
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since the fetcher started. Guarded by the engine's lock."""
+
+    fetched_bytes: int = 0
+    fetched_blocks: int = 0
+    retries: int = 0
+    cache_errors: int = 0
+    demanded_blocks: int = 0
+    last_error: ModelMountError | None = None
+    last_error_at: float = 0.0
+    started_at: float = field(default_factory=time.time)
+
+
+class FetchEngine:
+    """`writers[i]` is the cache of `specs[i]`. Callbacks come from fetch threads: `on_block(blob, block)`,
+    `on_failed(blob, block, error)` for a block that will not come without being asked for again, and
+    `on_state(blob, error)` when a blob was found right (error None) or wrong.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        specs: Sequence[BlobSpec],
+        writers: Sequence[BlobWriter],
+        settings: EngineSettings,
+        *,
+        on_block: Callable[[int, int], None],
+        on_failed: Callable[[int, int, ModelMountError], None],
+        on_state: Callable[[int, ModelMountError | None], None],
+    ) -> None:
+        self._source = source
+        self._specs = specs
+        self._writers = writers
+        self._settings = settings
+        self._on_block, self._on_failed, self._on_state = on_block, on_failed, on_state
+        self._lock = threading.Condition()
+        self._stopping = False
+        self._generation = 0  # counts credential changes; a wait for new credentials ends when it moves
+        self._scheduler = Scheduler([spec.size_bytes for spec in specs], self._is_present, fill=settings.fill)
+        self._counters = Counters()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the threads."""
+        for number in range(self._settings.threads):
+            least = Priority.AHEAD if number == 0 else Priority.BACKGROUND
+            self._spawn(f"fetch-{number}", functools.partial(self._fetch_loop, least))
+        self._spawn("hash", self._hash_loop)
+
+    def stop(self) -> None:
+        """Ask the threads to end after the block they are at. They are daemons: a stalled read does not keep us."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify_all()
+
+    def want(self, blob: int, first: int, count: int, priority: Priority) -> None:
+        """Ask for blocks. Answers come by callback; blocks that are present get theirs at once."""
+        with self._lock:
+            if priority is Priority.DEMAND:
+                self._counters.demanded_blocks += count
+            self._scheduler.want(blob, first, count, priority)
+            self._lock.notify_all()
+        for block in range(first, min(first + count, self._writers[blob].block_count)):
+            if self._is_present(blob, block):
+                self._on_block(blob, block)
+
+    @property
+    def blob_count(self) -> int:
+        """How many blobs the mount has."""
+        return len(self._specs)
+
+    def credentials_changed(self) -> None:
+        """Try again at once what waits for better credentials."""
+        with self._lock:
+            self._generation += 1
+            self._lock.notify_all()
+
+    def snapshot(self) -> dict[str, object]:
+        """Counters and per-blob progress, for status and metrics."""
+        with self._lock:
+            counters = self._counters
+            return {
+                "fetched_bytes": counters.fetched_bytes,
+                "fetched_blocks": counters.fetched_blocks,
+                "demanded_blocks": counters.demanded_blocks,
+                "retries": counters.retries,
+                "cache_errors": counters.cache_errors,
+                "last_error": counters.last_error.message if counters.last_error else None,
+                "last_error_at": counters.last_error_at,
+                "started_at": counters.started_at,
+                "blobs": [
+                    {
+                        "digest": str(spec.digest),
+                        "size_bytes": spec.size_bytes,
+                        "blocks": writer.block_count,
+                        "present_blocks": writer.present_blocks(),
+                        "state": writer.state.name.lower(),
+                    }
+                    for spec, writer in zip(self._specs, self._writers, strict=True)
+                ],
+            }
+
+    def _spawn(self, name: str, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _is_present(self, blob: int, block: int) -> bool:
+        return self._writers[blob].has(block)
+
+    def _fetch_loop(self, least: Priority) -> None:
+        # Page-aligned and reused: fresh memory and unaligned copies each cost more than the network does.
+        buffer = memoryview(mmap.mmap(-1, blocks.BLOCK_BYTES))
+        failures = 0
+        while (job := self._next_job(least)) is not None:
+            generation = self._generation
+            try:
+                self._fetch(job, buffer)
+                failures = 0
+            except Exception as exc:  # a bug in one job must not silence a fetch thread for good
+                error = exc if isinstance(exc, ModelMountError) else _internal(exc)
+                failures += 1
+                self._failed(job, error)
+                self._pause(_delay_s(error, failures), generation)
+
+    def _next_job(self, least: Priority) -> Job | None:
+        with self._lock:
+            while not self._stopping:
+                if job := self._scheduler.next_job(least):
+                    return job
+                self._lock.wait()
+        return None
+
+    def _fetch(self, job: Job, buffer: memoryview) -> None:
+        spec, writer = self._specs[job.blob], self._writers[job.blob]
+        offset = job.first * blocks.BLOCK_BYTES
+        length = min(job.count * blocks.BLOCK_BYTES, spec.size_bytes - offset)
+        reader = self._source.open_range(spec.digest, spec.size_bytes, offset, length)
+        try:
+            for blob, block in job.blocks():
+                view = buffer[: blocks.block_length(spec.size_bytes, block)]
+                reader.readinto(view)
+                writer.write_block(block, view)
+                with self._lock:
+                    self._scheduler.done(blob, block)
+                    self._counters.fetched_bytes += len(view)
+                    self._counters.fetched_blocks += 1
+                    self._lock.notify_all()
+                self._on_block(blob, block)
+                if self._stopping:
+                    return
+        finally:
+            reader.close()
+
+    def _failed(self, job: Job, error: ModelMountError) -> None:
+        # Credentials may be replaced and room be made while readers wait; what is not there stays not there.
+        again = error.retryable or isinstance(error, RegistryAuthError | CacheError)
+        log.warning("fetch of %s blocks %d+%d: %s", self._specs[job.blob].digest.short(), job.first, job.count, error)
+        with self._lock:
+            self._counters.last_error, self._counters.last_error_at = error, time.time()
+            self._counters.retries += 1
+            if isinstance(error, CacheError):
+                self._counters.cache_errors += 1
+            missing = [key for key in job.blocks() if not self._is_present(*key)]
+            self._scheduler.failed(job, again=again)
+        if not again:
+            for blob, block in missing:
+                self._on_failed(blob, block, error)
+
+    def _pause(self, seconds: float, generation: int) -> None:
+        deadline = time.monotonic() + seconds
+        with self._lock:
+            while not self._stopping and generation == self._generation:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return
+                self._lock.wait(left)
+
+    def _hash_loop(self) -> None:
+        """Check each blob's sha256 once its blocks are there, in order, while they are still in the page cache."""
+        buffer = memoryview(mmap.mmap(-1, blocks.BLOCK_BYTES))
+        for blob in range(len(self._specs)):
+            while self._writers[blob].state is BlobState.FILLING:
+                if not self._hash_blob(blob, buffer):
+                    return
+
+    def _hash_blob(self, blob: int, buffer: memoryview) -> bool:
+        """One pass over a blob; False when the engine stops."""
+        spec, writer = self._specs[blob], self._writers[blob]
+        hasher = spec.digest.hasher()
+        for block in range(writer.block_count):
+            with self._lock:
+                while not writer.has(block):
+                    if self._stopping:
+                        return False
+                    self._lock.wait()
+                if self._stopping:
+                    return False
+            view = buffer[: blocks.block_length(spec.size_bytes, block)]
+            offset = block * blocks.BLOCK_BYTES
+            while view:
+                count = writer.read_into([view], offset)
+                hasher.update(view[:count])
+                view, offset = view[count:], offset + count
+        if hasher.hexdigest() == spec.digest.hex:
+            try:
+                writer.mark_verified()
+            except CacheError as exc:
+                log.warning("blob %s is right, but cannot be kept: %s", spec.digest.short(), exc)
+            self._on_state(blob, None)
+            return True
+        error = DigestMismatchError(
+            f"blob {spec.digest.short()} from {self._source.origin}: the {spec.size_bytes} bytes received hash to "
+            f"{spec.digest.algorithm}:{hasher.hexdigest()[:12]}; reads of it fail from now on, and its cache is "
+            "dropped; check the registry's storage, or push the model again",
+            expected=str(spec.digest),
+            actual=f"{spec.digest.algorithm}:{hasher.hexdigest()}",
+            subject=str(spec.digest),
+        )
+        writer.poison()
+        self._on_state(blob, error)
+        return True
+
+
+def _delay_s(error: ModelMountError, failures: int) -> float:
+    """How long to wait after the `failures`-th failure in a row: what the registry asked for, else exponential."""
+    asked = error.fields.get("retry_after_s")
+    if asked is not None:
+        return min(float(asked), 60.0)
+    if isinstance(error, RegistryAuthError):
+        return _AUTH_DELAY_S
+    if isinstance(error, ContentError | RegistryError) and not error.retryable:
+        return _FIRST_DELAY_S
+    return float(min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** min(failures - 1, 10)) * random.uniform(0.5, 1.0))  # noqa: S311
+
+
+def _internal(error: Exception) -> ModelMountError:
+    log.error("fetch failed by a bug", exc_info=error)
+    return ModelMountError(f"internal error while fetching: {type(error).__name__}")

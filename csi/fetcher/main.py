@@ -1,0 +1,280 @@
+"""`modelmount fetcher`: started by the supervisor with one socket; everything else arrives over that socket.
+
+    resolve      a reference in, the manifest's bytes and digest out (also the access check of a later volume)
+    start        where the blobs come from and the mount's cache area; from here on the process serves one mount
+    worker       a channel to the mount's (new) worker, which then sends the list of blobs and what it wants
+    credentials  replace the ones in use; reads that wait for better ones go on
+    stats        progress and counters
+
+To a worker it says `have` (the block is marked in the shared map), `fail` (it will not come) and `trouble` (what
+readers should be told when their deadline passes). These may be lost; workers ask again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import selectors
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from csi.cache.blob import BlobWriter, this_boot
+from csi.control import wire
+from csi.errors import ControlError, ModelMountError, to_wire
+from csi.fetcher.engine import EngineSettings, FetchEngine
+from csi.oci.digest import Digest
+from csi.oci.reference import Reference
+from csi.registry.address_rules import AddressRules
+from csi.registry.auth import Credentials
+from csi.registry.client import RegistrySource
+from csi.registry.sources import SourceSettings, open_source
+from csi.stream.ports import ModelSource
+from csi.stream.scheduler import Priority
+from csi.tree.model import BlobSpec
+
+log = logging.getLogger(__name__)
+
+_MAX_SPECS_BYTES = 16 * 1024 * 1024
+
+
+class Fetcher:
+    """The process's state. The main thread reads sockets; `resolve` and the engine have threads of their own."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._send_lock = threading.Lock()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(control, selectors.EVENT_READ)
+        self._source: ModelSource | None = None
+        self._area_fd: int | None = None
+        self._worker: socket.socket | None = None
+        self._engine: FetchEngine | None = None
+        self._engine_settings = EngineSettings()
+
+    def run(self) -> None:
+        """Until the supervisor closes the control socket."""
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._control:
+                    received = wire.recv(self._control)
+                    if received is None:
+                        return
+                    self._on_request(*received)
+                elif key.fileobj is self._worker:
+                    try:
+                        self._on_worker_readable()
+                    except ModelMountError as exc:  # no engine without a cache: say why, and start again
+                        log.error("cannot serve the worker: %s", exc)
+                        self._tell_worker({"op": "trouble", "error": to_wire(exc)})
+                        self._notify_supervisor({"op": "event", "reason": "CacheFailure", "error": to_wire(exc)})
+                        return
+
+    def _on_request(self, request: wire.Message, fds: list[int]) -> None:
+        try:
+            match request.get("op"):
+                case "ping":
+                    self._reply(wire.ok(request, pid=os.getpid()))
+                case "resolve":
+                    # In a thread: a registry that does not answer must not keep credentials or stats waiting.
+                    threading.Thread(target=self._resolve, args=(request, fds), daemon=True, name="resolve").start()
+                case "start":
+                    self._start(request, fds)
+                    self._reply(wire.ok(request))
+                case "worker":
+                    self._attach_worker(_only(fds, 1)[0])
+                    self._reply(wire.ok(request))
+                case "credentials":
+                    self._replace_credentials(request)
+                    self._reply(wire.ok(request))
+                case "stats":
+                    self._send_stats(request)
+                case other:
+                    wire.close_all(fds)
+                    raise ControlError(f"fetcher: unknown operation {other!r}")
+        except ModelMountError as exc:
+            self._reply(wire.failed(request, exc))
+        except Exception as exc:
+            log.exception("%s failed by a bug", request.get("op"))
+            self._reply(wire.failed(request, exc))
+
+    def _resolve(self, request: wire.Message, fds: list[int]) -> None:
+        """Also the access check: the answer shows that these credentials may read that manifest, now."""
+        try:
+            reference = Reference.parse(wire.field(request, "reference", str))
+            source = open_source(reference, _source_settings(request, fds))
+            try:
+                manifest = source.fetch_manifest(
+                    reference.tag, reference.digest, timeout_s=float(request.get("registry_timeout_s", 20.0))
+                )
+            finally:
+                source.close()
+        except ModelMountError as exc:
+            self._reply(wire.failed(request, exc))
+            return
+        except Exception as exc:
+            log.exception("resolve failed by a bug")
+            self._reply(wire.failed(request, exc))
+            return
+        manifest_fd = wire.memfd("manifest", manifest.data)
+        try:
+            self._reply(wire.ok(request, digest=str(manifest.digest), media_type=manifest.media_type), [manifest_fd])
+        finally:
+            os.close(manifest_fd)
+
+    def _start(self, request: wire.Message, fds: list[int]) -> None:
+        if not fds or self._source is not None:
+            wire.close_all(fds)
+            raise ControlError("fetcher: start needs the cache area, once")
+        self._area_fd = fds[0]
+        self._engine_settings = EngineSettings(
+            threads=wire.field(request, "threads", int), fill=wire.field(request, "fill", bool)
+        )
+        reference = Reference.parse(wire.field(request, "reference", str))
+        self._source = open_source(reference, _source_settings(request, fds[1:]))
+
+    def _replace_credentials(self, request: wire.Message) -> None:
+        if isinstance(self._source, RegistrySource):
+            self._source.replace_credentials(_credentials(request))
+        if self._engine is not None:
+            self._engine.credentials_changed()
+
+    def _attach_worker(self, channel_fd: int) -> None:
+        if self._worker is not None:
+            self._selector.unregister(self._worker)
+            self._worker.close()
+        self._worker = socket.socket(fileno=channel_fd)
+        self._worker.setblocking(False)
+        self._selector.register(self._worker, selectors.EVENT_READ)
+
+    def _on_worker_readable(self) -> None:
+        worker = self._worker
+        assert worker is not None
+        try:
+            received = wire.recv(worker)
+        except BlockingIOError:
+            return
+        except (OSError, ControlError) as exc:
+            log.warning("worker channel: %s", exc)
+            received = None
+        if received is None:  # a worker died; the supervisor will send the channel of its successor
+            self._selector.unregister(worker)
+            worker.close()
+            self._worker = None
+            return
+        message, fds = received
+        match message:
+            case {"op": "blobs"}:
+                self._start_engine(_only(fds, 1)[0])
+            case {"op": "want", "blob": int(blob), "first": int(first), "count": int(count), "class": int(cls)}:
+                wire.close_all(fds)
+                self._want(blob, first, count, cls)
+            case _:
+                wire.close_all(fds)
+                log.warning("worker channel: unknown message %r", message.get("op"))
+
+    def _start_engine(self, specs_fd: int) -> None:
+        """The first worker's list starts the engine; a successor's is the same list."""
+        try:
+            specs = [
+                BlobSpec(Digest.parse(digest), int(size))
+                for digest, size in json.loads(wire.read_all(specs_fd, _MAX_SPECS_BYTES, "blob list"))
+            ]
+        finally:
+            os.close(specs_fd)
+        if self._engine is not None:
+            return
+        if self._source is None or self._area_fd is None:
+            raise ControlError("fetcher: a worker was attached before resolve and start")
+        boot_id = this_boot()
+        writers = [BlobWriter.open(self._area_fd, spec.digest, spec.size_bytes, boot_id) for spec in specs]
+        self._engine = FetchEngine(
+            self._source,
+            specs,
+            writers,
+            self._engine_settings,
+            on_block=lambda blob, block: self._tell_worker({"op": "have", "blob": blob, "block": block}),
+            on_failed=self._on_failed,
+            on_state=self._on_state,
+        )
+        self._engine.start()
+
+    def _want(self, blob: int, first: int, count: int, cls: int) -> None:
+        engine = self._engine
+        if engine is not None and 0 <= blob < engine.blob_count and first >= 0 and count > 0:
+            engine.want(blob, first, count, Priority.DEMAND if cls == Priority.DEMAND else Priority.AHEAD)
+
+    def _on_failed(self, blob: int, block: int, error: ModelMountError) -> None:
+        self._tell_worker({"op": "fail", "blob": blob, "block": block, "error": to_wire(error)})
+
+    def _on_state(self, blob: int, error: ModelMountError | None) -> None:
+        if error is not None:
+            log.error("%s", error)
+            self._tell_worker({"op": "trouble", "error": to_wire(error)})
+            self._notify_supervisor({"op": "event", "reason": "IntegrityFailure", "error": to_wire(error)})
+
+    def _tell_worker(self, message: wire.Message) -> None:
+        worker = self._worker
+        if worker is None:
+            return
+        try:
+            wire.send(worker, message)
+        except OSError as exc:
+            log.debug("worker not reachable: %s", exc)
+
+    def _send_stats(self, request: wire.Message) -> None:
+        snapshot: dict[str, Any] = self._engine.snapshot() if self._engine else {"blobs": []}
+        snapshot["origin"] = self._source.origin if self._source else None
+        stats_fd = wire.memfd("stats", json.dumps(snapshot).encode())
+        try:
+            self._reply(wire.ok(request), [stats_fd])
+        finally:
+            os.close(stats_fd)
+
+    def _notify_supervisor(self, message: wire.Message) -> None:
+        self._reply(message)
+
+    def _reply(self, message: wire.Message, fds: Sequence[int] = ()) -> None:
+        with self._send_lock:
+            try:
+                wire.send(self._control, message, fds)
+            except OSError as exc:
+                log.warning("supervisor not reachable: %s", exc)
+
+
+def _source_settings(request: wire.Message, fds: list[int]) -> SourceSettings:
+    return SourceSettings(
+        rules=AddressRules(plain_http_hosts=frozenset(request.get("plain_http_hosts", ()))),
+        credentials=_credentials(request),
+        layout_fd=fds[0] if fds else None,
+    )
+
+
+def _credentials(request: wire.Message) -> Credentials | None:
+    given = request.get("credentials")
+    if not isinstance(given, dict):
+        return None
+    return Credentials(username=str(given["username"]), password=str(given["password"]))
+
+
+def _only(fds: list[int], count: int) -> list[int]:
+    if len(fds) != count:
+        wire.close_all(fds)
+        raise ControlError(f"fetcher: expected {count} descriptors, got {len(fds)}")
+    return fds
+
+
+def run(control_fd: int) -> int:
+    """The process. Returns the exit status."""
+    os.umask(0o027)
+    Fetcher(socket.socket(fileno=control_fd)).run()
+    # Threads may be in a read that stalls; nothing they hold needs an orderly end.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(run(int(sys.argv[1])))

@@ -1,0 +1,94 @@
+"""What a FUSE backend serves, and what it is given. One contract for every backend."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from typing import Protocol
+
+from csi.tree.file_format import Tree
+from csi.tree.model import Entry, EntryKind
+
+STABLE_TIMEOUT_S = 24 * 3600.0
+"""How long the kernel may keep names and attributes: content never changes under a digest."""
+
+IO_BYTES = 1024 * 1024
+"""st_blksize: what `cat`, Python and most loaders take as the size of one read."""
+
+
+class ContentReader(Protocol):
+    """Where file bytes come from."""
+
+    async def read(self, entry: Entry, offset: int, size: int) -> memoryview:
+        """Up to `size` bytes of a file from `offset` (bytes); shorter only at its end, empty past it.
+
+        The view is valid until the next await of the calling task: reply before anything else.
+
+        Raises: the ModelMountError that says why the bytes cannot be had within the read's deadline.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A /dev/fuse descriptor whose INIT was answered already, and that INIT request's bytes."""
+
+    fd: int
+    init: bytes
+
+
+class NoSuchEntryError(Exception):
+    """A name or inode that the tree does not have. Carries an errno."""
+
+    def __init__(self, number: int = errno.ENOENT) -> None:
+        super().__init__(os.strerror(number))
+        self.errno = number
+
+
+class Namespace:
+    """The tree as a file system sees it. Stateless: fh = inode, generation 0, no lookup counts, so that any worker
+    can answer any request of a mount, whoever answered the one before.
+    """
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+
+    def lookup(self, parent: int, name: bytes) -> Entry | None:
+        """The entry, or None (a negative entry the kernel may keep)."""
+        directory = self.directory(parent)
+        if name == b".":
+            return directory
+        if name == b"..":
+            return self.entry(directory.parent)
+        return self.tree.lookup(parent, name)
+
+    def entry(self, inode: int) -> Entry:
+        """Raises: NoSuchEntryError."""
+        try:
+            return self.tree.entry(inode)
+        except KeyError:
+            raise NoSuchEntryError from None
+
+    def directory(self, inode: int) -> Entry:
+        """Raises: NoSuchEntryError ENOENT, ENOTDIR."""
+        entry = self.entry(inode)
+        if entry.kind is not EntryKind.DIRECTORY:
+            raise NoSuchEntryError(errno.ENOTDIR)
+        return entry
+
+    def open(self, inode: int, flags: int) -> Entry:
+        """Raises: NoSuchEntryError EISDIR for a directory, EROFS for any kind of writing."""
+        entry = self.entry(inode)
+        if entry.kind is EntryKind.DIRECTORY:
+            raise NoSuchEntryError(errno.EISDIR)
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & (os.O_TRUNC | os.O_APPEND):
+            raise NoSuchEntryError(errno.EROFS)
+        return entry
+
+
+def mode_of(entry: Entry) -> int:
+    """st_mode: 0555 for directories and executables, 0444 for all else; never setuid, setgid or sticky."""
+    if entry.kind is EntryKind.DIRECTORY:
+        return stat.S_IFDIR | 0o555
+    return stat.S_IFREG | (0o555 if entry.executable else 0o444)

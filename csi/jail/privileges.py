@@ -1,0 +1,30 @@
+"""Become an unprivileged user for good. Called by workers and fetchers about themselves, after their imports (the
+interpreter may lie where the new user cannot read) and before their first message.
+
+Source: credentials(7), prctl(2) PR_SET_NO_NEW_PRIVS.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+_PR_SET_NO_NEW_PRIVS = 38
+
+
+def become(uid: int, gid: int) -> None:
+    """Take `uid` and `gid`, no supplementary group, no capability, and no way to get any back.
+
+    Raises: OSError when this process may not; PermissionError when root could be had again.
+    """
+    os.setgroups([])
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)  # from 0 to another uid: the kernel drops every capability
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
+    try:
+        os.setuid(0)
+    except PermissionError:
+        return
+    raise PermissionError("privileges could be had back after dropping them")

@@ -1,0 +1,167 @@
+"""One FUSE superblock: opened, mounted and answered (INIT, first FLUSH) by the keeper itself.
+
+Answering INIT here means that no worker has to live while the mount is made, and that what was negotiated does
+not depend on the worker that happens to serve first.
+
+The FLUSH latch: until the kernel has seen ENOSYS for one FLUSH, every close() waits for the server, and a close()
+without a server hangs in state D, SIGKILL or not. So a throw-away child opens and closes one made-up file while
+the keeper answers; the kernel then never sends FLUSH again on this connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import stat
+import struct
+import time
+from dataclasses import dataclass
+
+from csi import mountinfo
+from csi.errors import MountError
+from csi.fuse import handshake
+from csi.keeper import syscalls
+
+FUSE_DEVICE = "/dev/fuse"
+_FLAGS = syscalls.MS_RDONLY | syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC | syscalls.MS_NOATIME
+_REQUEST_BYTES = 128 * 1024 + 4096  # max_write + headers; smaller buffers get EINVAL
+_HANDSHAKE_TIMEOUT_S = 5.0
+
+_LATCH_NAME = b".modelmount-flush-latch"
+_LATCH_INODE = (1 << 62) + 1  # no tree has that many entries
+_ROOT_INODE = 1
+_OP_LOOKUP, _OP_GETATTR, _OP_OPEN, _OP_FLUSH, _OP_FORGET, _OP_BATCH_FORGET, _OP_RELEASE = 1, 3, 14, 25, 2, 42, 18
+_ATTR = struct.Struct(
+    "<QQQQQQIIIIIIIIII"
+)  # ino size blocks atime mtime ctime *nsec mode nlink uid gid rdev blksize flags
+_ENTRY_OUT = struct.Struct("<QQQQII")  # nodeid generation entry_valid attr_valid *nsec
+_ATTR_OUT = struct.Struct("<QII")  # attr_valid nsec dummy
+_OPEN_OUT = struct.Struct("<QIi")  # fh open_flags backing_id
+
+
+@dataclass(frozen=True, slots=True)
+class Superblock:
+    """A mounted FUSE superblock whose connection `fd` keeps alive. `device` is `major:minor`."""
+
+    fd: int
+    init: handshake.InitRequest
+    device: str
+    mount_point: str
+
+
+def open_superblock(mount_point: str, read_ahead_kb: int) -> Superblock:
+    """Mount a new superblock at the empty directory `mount_point` and make it ready for its first worker.
+
+    Raises: MountError (no /dev/fuse, mount(2) refused, the kernel too old); then nothing stays mounted.
+    """
+    fd = _open_device()
+    try:
+        options = f"fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
+        try:
+            syscalls.mount_fuse(mount_point, "modelmount", _FLAGS, options)
+        except OSError as exc:
+            raise MountError(
+                f"FUSE mount refused: {exc.strerror}; the keeper needs CAP_SYS_ADMIN and a kernel with FUSE",
+                errno=exc.errno,
+            ) from exc
+        try:
+            init = handshake.parse_init(_read_request(fd))
+            os.write(fd, handshake.init_reply(init))
+            device = mountinfo.at(mountinfo.read(), mount_point)[-1].device
+            _latch_flush(fd, mount_point)
+            _raise_read_ahead(device, read_ahead_kb)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                syscalls.detach(mount_point)
+            raise
+    except BaseException:
+        os.close(fd)
+        raise
+    return Superblock(fd, init, device, mount_point)
+
+
+def _open_device() -> int:
+    try:
+        return os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        raise MountError(
+            f"{FUSE_DEVICE}: {exc.strerror}; load the fuse module (modprobe fuse) and give the keeper the device",
+            errno=exc.errno,
+        ) from exc
+
+
+def _read_request(fd: int) -> bytes:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    if not poll.poll(_HANDSHAKE_TIMEOUT_S * 1000):
+        raise MountError(f"the kernel sent no FUSE request within {_HANDSHAKE_TIMEOUT_S:g} s")
+    return os.read(fd, _REQUEST_BYTES)
+
+
+def _raise_read_ahead(device: str, read_ahead_kb: int) -> None:
+    """INIT cannot raise the kernel's read-ahead, only this file can (files opened later)."""
+    path = f"/sys/class/bdi/{device}/read_ahead_kb"
+    try:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(str(read_ahead_kb))
+    except OSError as exc:
+        raise MountError(
+            f"cannot set the mount's read-ahead: {exc.strerror}; the keeper needs /sys writable", errno=exc.errno
+        ) from exc
+
+
+def _latch_flush(fd: int, mount_point: str) -> None:
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(os.open(os.path.join(mount_point, os.fsdecode(_LATCH_NAME)), os.O_RDONLY))
+            status = 0
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + _HANDSHAKE_TIMEOUT_S
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    flushed = False
+    while True:
+        pid, wait_status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            if wait_status or not flushed:
+                raise MountError("the first open and close through a new mount failed; see the kernel log")
+            return
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(OSError):
+                syscalls.detach(mount_point)
+            raise MountError(f"the first open through a new mount took more than {_HANDSHAKE_TIMEOUT_S:g} s")
+        if poll.poll(5):
+            flushed |= _answer(fd, os.read(fd, _REQUEST_BYTES))
+
+
+def _answer(fd: int, request: bytes) -> bool:
+    """Answer one request of the latch child; True when it was the FLUSH."""
+    _, opcode, unique, nodeid, *_ = handshake.IN_HEADER.unpack_from(request)
+    if opcode in (_OP_FORGET, _OP_BATCH_FORGET):
+        return False
+    error, payload = 0, b""
+    if opcode == _OP_LOOKUP and request[handshake.IN_HEADER.size :].rstrip(b"\0") == _LATCH_NAME:
+        # Valid for no time at all: the next lookup of this name asks the worker, which has no such file.
+        payload = _ENTRY_OUT.pack(_LATCH_INODE, 0, 0, 0, 0, 0) + _attributes(_LATCH_INODE)
+    elif opcode == _OP_GETATTR:
+        payload = _ATTR_OUT.pack(0, 0, 0) + _attributes(nodeid)
+    elif opcode == _OP_OPEN:
+        payload = _OPEN_OUT.pack(0, 0, 0)
+    elif opcode == _OP_LOOKUP:
+        error = -errno.ENOENT
+    elif opcode != _OP_RELEASE:
+        error = -errno.ENOSYS
+    os.write(fd, handshake.OUT_HEADER.pack(handshake.OUT_HEADER.size + len(payload), error, unique) + payload)
+    return bool(opcode == _OP_FLUSH)
+
+
+def _attributes(inode: int) -> bytes:
+    mode = stat.S_IFDIR | 0o555 if inode == _ROOT_INODE else stat.S_IFREG | 0o444
+    return _ATTR.pack(inode, 0, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)

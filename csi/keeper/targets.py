@@ -1,0 +1,203 @@
+"""Target directories: made, checked, bound over and removed without following a link a pod could have planted.
+
+A target path is given by kubelet. Its parent is opened below one of the keeper's target roots with openat2;
+from there on only descriptors are used. Nothing here ever asks a mounted file system anything: a dead one would
+answer with an error, a hung one never.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+
+from csi import mountinfo
+from csi.errors import InvalidVolumeError, MountError
+from csi.keeper import syscalls
+
+_BIND_ATTRIBUTES = (
+    syscalls.MOUNT_ATTR_RDONLY
+    | syscalls.MOUNT_ATTR_NOSUID
+    | syscalls.MOUNT_ATTR_NODEV
+    | syscalls.MOUNT_ATTR_NOEXEC
+    | syscalls.MOUNT_ATTR_NOATIME
+)
+_MAX_STACKED = 64  # mounts on one target; more means somebody else mounts while we unmount
+
+
+class Targets:
+    """Binds and unbinds below `roots` (absolute directories; links in the roots themselves are followed once)."""
+
+    def __init__(self, roots: Sequence[str]) -> None:
+        self._roots = [(os.path.normpath(root), os.path.realpath(root)) for root in roots]
+
+    def bind(self, source: str, device: str, target_path: str) -> bool:
+        """Bind the superblock mounted at `source` read-only to `target_path`, which is created if need be.
+
+        A target that shows `device` already is left alone (returns False). A target that shows a mount of ours
+        over another superblock (a dead one, say) is replaced.
+
+        Raises: MountError for a target that is not an empty directory, or holds a mount that is not ours; then
+        nothing was changed, and a directory made here is gone again.
+        """
+        with self._parent_of(target_path) as (parent_fd, name, real_path):
+            created = _make_directory(parent_fd, name, target_path)
+            try:
+                stacked = mountinfo.at(mountinfo.read(), real_path)
+                if stacked and stacked[-1].device == device:
+                    return False
+                if any(entry.source != "modelmount" for entry in stacked):
+                    raise MountError(
+                        f"target {target_path}: a {stacked[-1].fs_type} file system is mounted there already; "
+                        "unmount it, or choose another target",
+                        target_path=target_path,
+                    )
+                _detach_all(parent_fd, name, real_path)
+                target_fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent_fd)
+                try:
+                    if not created:
+                        _require_empty(parent_fd, name, target_path)
+                    tree_fd = syscalls.clone_tree(source)
+                    try:
+                        syscalls.set_tree_attributes(tree_fd, _BIND_ATTRIBUTES)
+                        syscalls.attach_tree(tree_fd, target_fd)
+                    finally:
+                        os.close(tree_fd)
+                finally:
+                    os.close(target_fd)
+            except OSError as exc:
+                if created:
+                    _remove_directory(parent_fd, name)
+                raise MountError(
+                    f"target {target_path}: bind mount failed: {exc.strerror}", target_path=target_path, errno=exc.errno
+                ) from exc
+            except MountError:
+                if created:
+                    _remove_directory(parent_fd, name)
+                raise
+        return True
+
+    def unbind(self, target_path: str) -> None:
+        """Detach every mount of ours at `target_path` and remove the directory. Nothing there: nothing to do.
+
+        Raises: MountError when something else is there: a foreign mount, a file, a directory with content.
+        """
+        try:
+            with self._parent_of(target_path) as (parent_fd, name, real_path):
+                for entry in mountinfo.at(mountinfo.read(), real_path):
+                    if entry.source != "modelmount":
+                        raise MountError(
+                            f"target {target_path}: holds a {entry.fs_type} mount that is not ModelMount's; "
+                            "unmount it by hand",
+                            target_path=target_path,
+                        )
+                _detach_all(parent_fd, name, real_path)
+                _remove_target(parent_fd, name, target_path)
+        except MountError as exc:
+            if exc.fields.get("errno") == errno.ENOENT:
+                return
+            raise
+
+    @contextlib.contextmanager
+    def _parent_of(self, target_path: str) -> Iterator[tuple[int, str, str]]:
+        """The opened parent directory, the last component, and the path as mountinfo shows it."""
+        parent, name = os.path.split(target_path)
+        if not target_path.startswith("/") or not name or os.path.normpath(target_path) != target_path:
+            raise InvalidVolumeError(
+                f"target_path {target_path!r} must be absolute, without '.', '..' or a trailing slash",
+                field="target_path",
+            )
+        parent_fd = self._open_parent(parent, target_path)
+        try:
+            yield parent_fd, name, os.path.join(os.readlink(f"/proc/self/fd/{parent_fd}"), name)
+        finally:
+            os.close(parent_fd)
+
+    def _open_parent(self, parent: str, target_path: str) -> int:
+        for spelled, real in self._roots:
+            for prefix in (spelled, real):
+                if parent != prefix and not parent.startswith(prefix.rstrip("/") + "/"):
+                    continue
+                root_fd = os.open(real, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    return syscalls.open_beneath(root_fd, os.path.relpath(parent, prefix))
+                except OSError as exc:
+                    hint = {
+                        errno.ENOENT: "its parent directory does not exist; kubelet creates it before the call",
+                        errno.ELOOP: "a component of the path is a symbolic link",
+                    }.get(exc.errno or 0, exc.strerror)
+                    raise MountError(f"target {target_path}: {hint}", target_path=target_path, errno=exc.errno) from exc
+                finally:
+                    os.close(root_fd)
+        raise InvalidVolumeError(
+            f"target_path {target_path!r} is outside the directories this node serves "
+            f"({', '.join(spelled for spelled, _ in self._roots)})",
+            field="target_path",
+        )
+
+
+def _make_directory(parent_fd: int, name: str, target_path: str) -> bool:
+    try:
+        os.mkdir(name, 0o750, dir_fd=parent_fd)
+    except FileExistsError:
+        return False
+    except OSError as exc:
+        raise MountError(
+            f"target {target_path}: cannot create the directory: {exc.strerror}",
+            target_path=target_path,
+            errno=exc.errno,
+        ) from exc
+    return True
+
+
+def _require_empty(parent_fd: int, name: str, target_path: str) -> None:
+    """Only called where nothing is mounted, so this asks the host's own file system."""
+    listing_fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent_fd)
+    try:
+        found = os.listdir(listing_fd)
+    finally:
+        os.close(listing_fd)
+    if found:
+        raise MountError(
+            f"target {target_path}: the directory is not empty ({len(found)} entries, such as {sorted(found)[0]!r}); "
+            "a model is mounted only over an empty directory, so that no data is hidden: empty it or choose another",
+            target_path=target_path,
+        )
+
+
+def _detach_all(parent_fd: int, name: str, real_path: str) -> None:
+    """umount2 takes a path; with the parent as working directory it is one component, and no link is followed."""
+    os.fchdir(parent_fd)
+    try:
+        for _ in range(_MAX_STACKED):
+            if not mountinfo.at(mountinfo.read(), real_path):
+                return
+            syscalls.detach(name)
+    except OSError as exc:
+        raise MountError(f"target {real_path}: unmount failed: {exc.strerror}", errno=exc.errno) from exc
+    finally:
+        os.chdir("/")
+    raise MountError(f"target {real_path}: mounts keep appearing there while it is unmounted")
+
+
+def _remove_directory(parent_fd: int, name: str) -> None:
+    with contextlib.suppress(OSError):
+        os.rmdir(name, dir_fd=parent_fd)
+
+
+def _remove_target(parent_fd: int, name: str, target_path: str) -> None:
+    try:
+        mode = os.lstat(name, dir_fd=parent_fd).st_mode
+        if not stat.S_ISDIR(mode):
+            raise MountError(f"target {target_path}: is not a directory; not removed", target_path=target_path)
+        os.rmdir(name, dir_fd=parent_fd)
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise MountError(
+            f"target {target_path}: not removed: {exc.strerror}; nothing of ModelMount is mounted there any more",
+            target_path=target_path,
+            errno=exc.errno if exc.errno != errno.ENOENT else None,
+        ) from exc

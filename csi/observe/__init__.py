@@ -1,0 +1,1 @@
+"""What operators see: logs (later metrics and a status page)."""

@@ -1,0 +1,1 @@
+"""OCI values: references, digests, descriptors, manifests. Bytes in, values out; nothing here does I/O."""

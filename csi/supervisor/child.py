@@ -1,0 +1,193 @@
+"""One child process and the socket it is driven by."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from csi.control import wire
+from csi.errors import ControlError, from_wire
+
+log = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A kind of child: `name` is its sub-command; uid and gid None keep ours (a supervisor that is not root)."""
+
+    name: str
+    uid: int | None
+    gid: int | None
+
+
+class Child:
+    """A running child. Calls may overlap; replies are matched by id. Use from one event loop only."""
+
+    def __init__(self, role: Role, process: asyncio.subprocess.Process, sock: socket.socket) -> None:
+        self.role = role
+        self.process = process
+        self.on_notification: Callable[[wire.Message], None] = lambda message: None
+        self.exited: asyncio.Task[int] = asyncio.create_task(process.wait())
+        self._sock = sock
+        self._next_id = 1
+        self._pending: dict[int, asyncio.Future[tuple[wire.Message, list[int]]]] = {}
+        asyncio.get_running_loop().add_reader(sock.fileno(), self._on_readable)
+
+    @classmethod
+    async def spawn(cls, role: Role) -> Child:
+        """Start `modelmount <role>` with one end of a socket pair. It answers nothing yet: call `ping` to wait."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        identity = [] if role.uid is None else ["--uid", str(role.uid), "--gid", str(role.gid)]
+        command = [sys.executable, "-m", "csi.cli.main", role.name, "--control-fd", str(theirs.fileno()), *identity]
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+            )
+        except OSError as exc:
+            ours.close()
+            raise ControlError(f"cannot start a {role.name}: {exc}") from exc
+        finally:
+            theirs.close()
+        return cls(role, process, ours)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not exited, as far as we know."""
+        return self.process.returncode is None
+
+    async def call(
+        self, op: str, timeout_s: float, fds: Sequence[int] = (), **fields: Any
+    ) -> tuple[wire.Message, list[int]]:
+        """Raises: the child's error; ControlError when it dies or does not answer in time."""
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        reply: asyncio.Future[tuple[wire.Message, list[int]]] = asyncio.get_running_loop().create_future()
+        self._pending[request_id] = reply
+        try:
+            try:
+                wire.send(self._sock, {"id": request_id, "op": op, **fields}, fds)
+            except OSError as exc:
+                raise ControlError(f"{self.role.name} {self.pid} is gone") from exc
+            async with asyncio.timeout(timeout_s):
+                message, received = await reply
+        except TimeoutError:
+            raise ControlError(f"{self.role.name} {self.pid}: no answer to {op!r} within {timeout_s:g} s") from None
+        finally:
+            self._pending.pop(request_id, None)
+        if "error" in message:
+            wire.close_all(received)
+            raise from_wire(message["error"])
+        return dict(message.get("ok") or {}), received
+
+    async def stop(self) -> None:
+        """Ask a worker to finish, close the socket (a fetcher's sign to end), kill what is left after 2 s."""
+        if self.alive and self.role.name == "worker":
+            with contextlib.suppress(ControlError):
+                await self.call("stop", _STOP_GRACE_S)
+        self._close()
+        try:
+            async with asyncio.timeout(_STOP_GRACE_S):
+                await asyncio.shield(self.exited)
+        except TimeoutError:
+            self.kill()
+            await self.exited
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+
+    def _on_readable(self) -> None:
+        try:
+            received = wire.recv(self._sock)
+        except BlockingIOError:
+            return
+        except (OSError, ControlError) as exc:
+            log.error("%s %d: %s", self.role.name, self.pid, exc)
+            received = None
+        if received is None:
+            self._close()
+            return
+        message, fds = received
+        reply = self._pending.get(message["id"]) if isinstance(message.get("id"), int) else None
+        if reply is not None and not reply.done():
+            reply.set_result((message, fds))
+            return
+        wire.close_all(fds)
+        if "op" in message:
+            self.on_notification(message)
+
+    def _close(self) -> None:
+        if self._sock.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._sock.fileno())
+            self._sock.close()
+        for reply in self._pending.values():
+            if not reply.done():
+                reply.set_exception(ControlError(f"{self.role.name} {self.pid} died"))
+
+
+class ChildPool:
+    """Keeps `spares` children of each role started ahead, so that a publish (or a crash) does not wait for an
+    interpreter to start. A spare knows nothing of any mount.
+    """
+
+    _REFILL_DELAY_S = 1.0  # leave the cores to the reader that has just got its mount
+
+    def __init__(self, roles: Sequence[Role], spares: int) -> None:
+        self._roles = {role.name: role for role in roles}
+        self._spares = spares
+        self._idle: dict[str, list[Child]] = {role.name: [] for role in roles}
+        self._refills: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def fill(self) -> None:
+        """Start the spares now."""
+        await asyncio.gather(*(self._refill(name, 0) for name in self._roles))
+
+    async def take(self, name: str) -> Child:
+        """A live child that nobody else has. Raises: ControlError."""
+        idle = self._idle[name]
+        while idle:
+            child = idle.pop()
+            if child.alive:
+                break
+        else:
+            child = await Child.spawn(self._roles[name])
+        if self._spares and not self._closed:
+            task = asyncio.create_task(self._refill(name, self._REFILL_DELAY_S))
+            self._refills.add(task)
+            task.add_done_callback(self._refills.discard)
+        return child
+
+    async def close(self) -> None:
+        """Stop the spares."""
+        self._closed = True
+        for task in self._refills:
+            task.cancel()
+        await asyncio.gather(*(child.stop() for idle in self._idle.values() for child in idle))
+
+    async def _refill(self, name: str, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        idle = self._idle[name]
+        idle[:] = [child for child in idle if child.alive]
+        while len(idle) < self._spares and not self._closed:
+            try:
+                child = await Child.spawn(self._roles[name])
+                await child.call("ping", 20.0)
+            except ControlError as exc:
+                log.error("no spare %s: %s", name, exc)
+                return
+            idle.append(child)

@@ -1,0 +1,113 @@
+"""What a volume asks for: its attributes, checked, and the key of the mount that serves it.
+
+Attributes are written by anybody who may create a pod, so there is an allow-list of keys, and no key carries a
+path, a flag or an address of this node.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeVar
+
+from csi.errors import InvalidVolumeError
+from csi.oci.digest import Digest
+from csi.oci.reference import Reference
+
+ATTRIBUTE_KEYS = ("reference", "verify", "prefetch")
+REFERENCE_ALIASES = ("model.csi.modelpack.org/reference", "modelRef", "image")
+"""Keys of other drivers that name the model, so that their published samples work by changing the driver's name."""
+
+_KUBERNETES_PREFIXES = ("csi.storage.k8s.io/", "storage.kubernetes.io/")
+SHARED_DOMAIN = "shared"
+
+_Choice = TypeVar("_Choice", bound=StrEnum)
+
+
+class Verify(StrEnum):
+    """When bytes are checked against the digest; see docs/semantics.md."""
+
+    WHOLE = "whole"
+
+
+class Prefetch(StrEnum):
+    """What is fetched besides what readers ask for."""
+
+    FULL = "full"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VolumeAttributes:
+    """The checked attributes of one volume."""
+
+    reference: Reference
+    verify: Verify = Verify.WHOLE
+    prefetch: Prefetch = Prefetch.FULL
+
+
+def parse_attributes(attributes: Mapping[str, str]) -> VolumeAttributes:
+    """From a CSI volume_context (or a pod's volumeAttributes). What Kubernetes itself adds is ignored.
+
+    Raises: InvalidVolumeError naming the key, with what it may be.
+    """
+    given = {key: value for key, value in attributes.items() if not key.startswith(_KUBERNETES_PREFIXES)}
+    names = [key for key in ("reference", *REFERENCE_ALIASES) if key in given]
+    if not names:
+        raise InvalidVolumeError(
+            "volumeAttributes: 'reference' is missing; set it to registry/repository@sha256:<hex> of the model",
+            field="reference",
+        )
+    if len({given[name] for name in names}) > 1:
+        raise InvalidVolumeError(
+            f"volumeAttributes: {' and '.join(names)} name different models; keep one of them", field=names[1]
+        )
+    unknown = sorted(set(given) - set(ATTRIBUTE_KEYS) - set(REFERENCE_ALIASES))
+    if unknown:
+        raise InvalidVolumeError(
+            f"volumeAttributes: unknown key {unknown[0]!r}; known keys are {', '.join(ATTRIBUTE_KEYS)}",
+            field=unknown[0],
+        )
+    return VolumeAttributes(
+        reference=Reference.parse(given[names[0]]),
+        verify=_choice(Verify, given, "verify", Verify.WHOLE),
+        prefetch=_choice(Prefetch, given, "prefetch", Prefetch.FULL),
+    )
+
+
+def _choice(kind: type[_Choice], given: Mapping[str, str], key: str, default: _Choice) -> _Choice:
+    try:
+        return kind(given.get(key, default))
+    except ValueError:
+        allowed = ", ".join(kind)
+        raise InvalidVolumeError(
+            f"volumeAttributes: {key} is {given[key][:80]!r}; this version knows: {allowed}", field=key
+        ) from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MountKey:
+    """Volumes with equal keys share a superblock, hence its page cache; so nothing that makes a different promise
+    may be left out of the key.
+
+    With `verify: whole` bytes are served before the blob's digest is known to be right, on the word of the registry
+    they come from. So the origin is part of the key then: nobody reads what another tenant's registry made up.
+    """
+
+    domain: str
+    digest: Digest
+    verify: Verify
+    origin: str
+
+    @property
+    def mount_id(self) -> str:
+        """32 hexadecimal digits, the same on every node and in every version."""
+        key = json.dumps([1, self.domain, str(self.digest), self.verify, self.origin], separators=(",", ":"))
+        return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def mount_key(reference: Reference, digest: Digest, verify: Verify) -> MountKey:
+    """The key of the mount that serves `digest` from there."""
+    return MountKey(domain=SHARED_DOMAIN, digest=digest, verify=verify, origin=reference.origin)

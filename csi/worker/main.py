@@ -1,0 +1,243 @@
+"""`modelmount worker`: started by the supervisor with one socket; everything else arrives over that socket.
+
+    build    a manifest in, a serialised tree out (the tree is complete before its mount exists)
+    serve    a kept /dev/fuse connection, a tree, the mount's cache area, a channel to the fetcher; answered when
+             requests are being served
+    fetcher  another channel, after the fetcher was replaced
+    release  the last pod is gone: reads that wait for the network fail now, so that no process stays unkillable
+    stop     finish what was received, answer, exit
+
+The worker remembers nothing that the tree and the cache do not say, so it may be killed at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import trio
+
+from csi.control import wire
+from csi.errors import ControlError, ModelMountError, RegistryUnavailableError, from_wire
+from csi.fuse.port import Connection, Namespace
+from csi.fuse.pyfuse3_backend import Pyfuse3Backend
+from csi.oci.manifest import parse_manifest
+from csi.oci.modelpack import files_of
+from csi.stream.scheduler import Priority
+from csi.tree import file_format, model
+from csi.tree.file_format import Tree
+from csi.worker.reader import CachedReader
+
+log = logging.getLogger(__name__)
+
+_MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+_MAX_TREE_BYTES = 1 << 30
+
+
+def build_tree(manifest: bytes, media_type: str) -> bytes:
+    """The serialised tree of a model whose layers are raw files.
+
+    Raises: UnsupportedModelError and its relatives, naming what cannot be mounted and why.
+    """
+    files = files_of(parse_manifest(manifest, media_type))
+    return file_format.dump(
+        model.build(
+            model.TreeFile(
+                path=file.path,
+                blob=model.BlobSpec(file.blob.digest, file.blob.size_bytes),
+                offset=0,
+                length=file.blob.size_bytes,
+                mtime_s=file.mtime_s,
+                executable=file.executable,
+            )
+            for file in files
+        )
+    )
+
+
+class Worker:
+    """The state machine behind the control socket. Runs in one trio task tree."""
+
+    def __init__(self, control: socket.socket) -> None:
+        control.setblocking(False)
+        self._control = control
+        self._nursery: trio.Nursery | None = None
+        self._backend: Pyfuse3Backend | None = None
+        self._reader: CachedReader | None = None
+        self._tree: Tree | None = None
+        self._fetcher: socket.socket | None = None
+
+    async def run(self) -> None:
+        """Until `stop`, the end of the control socket (the supervisor is gone: go on serving) or of the connection."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            while True:
+                await trio.lowlevel.wait_readable(self._control.fileno())
+                try:
+                    received = wire.recv(self._control)
+                except BlockingIOError:
+                    continue
+                if received is None:
+                    log.warning("the supervisor is gone; serving goes on until the mount ends")
+                    if self._backend is None:
+                        nursery.cancel_scope.cancel()
+                    return
+                request, fds = received
+                if request.get("op") == "stop":
+                    await self._stop()
+                    self._reply(wire.ok(request))
+                    nursery.cancel_scope.cancel()
+                    return
+                try:
+                    self._handle(request, fds)
+                except ModelMountError as exc:
+                    self._reply(wire.failed(request, exc))
+                except Exception as exc:
+                    log.exception("%s failed by a bug", request.get("op"))
+                    self._reply(wire.failed(request, exc))
+
+    def _handle(self, request: wire.Message, fds: list[int]) -> None:
+        match request.get("op"):
+            case "ping":
+                self._reply(wire.ok(request, pid=os.getpid()))
+            case "build":
+                self._build(request, fds)
+            case "serve":
+                self._serve(request, fds)
+            case "fetcher":
+                self._attach_fetcher(_only(fds, 1)[0])
+                self._reply(wire.ok(request))
+            case "release":
+                if self._reader is not None:
+                    self._reader.fail_waiting(RegistryUnavailableError("the volume is being removed"))
+                self._reply(wire.ok(request))
+            case "stats":
+                counters = self._reader.counters if self._reader else {}
+                self._reply(wire.ok(request, **counters))
+            case other:
+                wire.close_all(fds)
+                raise ControlError(f"worker: unknown operation {other!r}")
+
+    def _build(self, request: wire.Message, fds: list[int]) -> None:
+        (manifest_fd,) = _only(fds, 1)
+        try:
+            manifest = wire.read_all(manifest_fd, _MAX_MANIFEST_BYTES, "manifest")
+        finally:
+            os.close(manifest_fd)
+        content = build_tree(manifest, wire.field(request, "media_type", str))
+        tree = Tree(content)
+        tree_fd = wire.memfd("tree", content)
+        try:
+            files = sum(1 for _ in tree.files())
+            self._reply(wire.ok(request, files=files, total_bytes=tree.total_bytes, blobs=len(tree.blobs)), [tree_fd])
+        finally:
+            os.close(tree_fd)
+
+    def _serve(self, request: wire.Message, fds: list[int]) -> None:
+        fuse_fd, tree_fd, area_fd, channel_fd = _only(fds, 4)
+        init = bytes.fromhex(wire.field(request, "init", str))
+        deadline_s = float(request.get("read_deadline_s", 120.0))
+        if os.fstat(tree_fd).st_size > _MAX_TREE_BYTES:
+            raise ModelMountError("the tree file is larger than 1 GiB")
+        tree = self._tree = Tree.from_fd(tree_fd)
+        os.close(tree_fd)
+        reader = self._reader = CachedReader(tree, area_fd, self._ask, deadline_s)
+        backend = self._backend = Pyfuse3Backend(Namespace(tree), reader)
+        self._attach_fetcher(channel_fd)
+        assert self._nursery is not None
+        self._nursery.start_soon(
+            self._serve_connection, backend, Connection(fuse_fd, init), lambda: self._reply(wire.ok(request))
+        )
+
+    async def _serve_connection(self, backend: Pyfuse3Backend, connection: Connection, on_serving: Any) -> None:
+        await backend.serve(connection, on_serving)
+        assert self._nursery is not None
+        self._nursery.cancel_scope.cancel()
+
+    async def _stop(self) -> None:
+        if self._backend is not None:
+            self._backend.stop()
+            with trio.move_on_after(1.5):
+                await self._backend.wait_stopped()
+
+    def _attach_fetcher(self, channel_fd: int) -> None:
+        """Use a new channel; the old one, if any, ends with its task."""
+        channel = socket.socket(fileno=channel_fd)
+        channel.setblocking(False)
+        self._fetcher = channel
+        assert self._tree is not None
+        assert self._reader is not None
+        assert self._nursery is not None
+        specs = [[str(blob.digest), blob.size_bytes] for blob in self._tree.blobs]
+        specs_fd = wire.memfd("blobs", json.dumps(specs).encode())
+        try:
+            wire.send(channel, {"op": "blobs"}, [specs_fd])
+        except OSError as exc:
+            log.warning("the new fetcher went away at once: %s", exc)
+        finally:
+            os.close(specs_fd)
+        self._nursery.start_soon(self._listen_to_fetcher, channel)
+        self._reader.ask_again()
+
+    async def _listen_to_fetcher(self, channel: socket.socket) -> None:
+        assert self._reader is not None
+        with channel:
+            while channel is self._fetcher:
+                await trio.lowlevel.wait_readable(channel.fileno())
+                try:
+                    received = wire.recv(channel)
+                except BlockingIOError:
+                    continue
+                except (OSError, ControlError) as exc:
+                    log.warning("fetcher channel: %s", exc)
+                    return
+                if received is None:
+                    return  # the supervisor starts another fetcher and sends its channel
+                message, fds = received
+                wire.close_all(fds)
+                match message:
+                    case {"op": "have", "blob": int(blob), "block": int(block)}:
+                        self._reader.block_arrived(blob, block)
+                    case {"op": "fail", "blob": int(blob), "block": int(block), "error": dict(error)}:
+                        self._reader.block_failed(blob, block, from_wire(error))
+                    case {"op": "trouble", "error": dict(error)}:
+                        self._reader.note_error(from_wire(error))
+
+    def _ask(self, blob: int, first: int, count: int, priority: Priority) -> None:
+        """Losing this is fine: a waiting read asks again."""
+        if self._fetcher is None:
+            return
+        try:
+            wire.send(
+                self._fetcher, {"op": "want", "blob": blob, "first": first, "count": count, "class": int(priority)}
+            )
+        except OSError as exc:
+            log.debug("fetcher not reachable: %s", exc)
+
+    def _reply(self, message: wire.Message, fds: Sequence[int] = ()) -> None:
+        try:
+            wire.send(self._control, message, fds)
+        except OSError as exc:
+            log.warning("supervisor not reachable: %s", exc)
+
+
+def _only(fds: list[int], count: int) -> list[int]:
+    if len(fds) != count:
+        wire.close_all(fds)
+        raise ControlError(f"worker: expected {count} descriptors, got {len(fds)}")
+    return fds
+
+
+def run(control_fd: int) -> int:
+    """The process. Returns the exit status."""
+    trio.run(Worker(socket.socket(fileno=control_fd)).run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(int(sys.argv[1])))
