@@ -1,0 +1,41 @@
+"""The `ModelSource` of a reference."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from csi.errors import InvalidVolumeError
+from csi.oci.reference import Reference
+from csi.registry.address_rules import AddressRules
+from csi.registry.auth import BasicAuthenticator, Credentials
+from csi.registry.client import RegistrySource
+from csi.registry.layout_source import LayoutSource
+from csi.registry.transport import Transport, TransportSettings
+from csi.stream.ports import ModelSource
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceSettings:
+    """`layout_fd`: the opened directory of an `oci-layout:` reference; the source takes it over."""
+
+    rules: AddressRules
+    credentials: Credentials | None = None
+    layout_fd: int | None = None
+    transport: TransportSettings = field(default_factory=TransportSettings)
+
+
+def open_source(reference: Reference, settings: SourceSettings) -> ModelSource:
+    """No I/O yet. Raises: InvalidVolumeError for a layout without its directory."""
+    if reference.is_layout:
+        if settings.layout_fd is None:
+            raise InvalidVolumeError(f"{reference}: its directory was not opened", field="reference")
+        return LayoutSource(settings.layout_fd, reference.layout_dir)
+    if settings.layout_fd is not None:
+        os.close(settings.layout_fd)
+    return RegistrySource(
+        reference,
+        settings.rules,
+        BasicAuthenticator(settings.credentials),
+        Transport(settings.rules, settings.transport),
+    )

@@ -1,0 +1,1 @@
+"""Generated from proto/csi/wire by `make proto`; never edited by hand."""
