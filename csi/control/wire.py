@@ -12,6 +12,7 @@ Receivers own the descriptors they get, and close those they do not expect.
 from __future__ import annotations
 
 import array
+import fcntl
 import json
 import os
 import socket
@@ -116,8 +117,6 @@ def close_all(fds: Sequence[int]) -> None:
 
 def memfd(name: str, content: bytes) -> int:
     """A sealed anonymous file with `content`; whoever receives it cannot be shown other bytes later."""
-    import fcntl
-
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         view = memoryview(content)

@@ -112,6 +112,7 @@ class Fetcher:
                 )
             finally:
                 source.close()
+            manifest_fd = wire.memfd("manifest", manifest.data)
         except ModelMountError as exc:
             self._reply(wire.failed(request, exc))
             return
@@ -119,7 +120,6 @@ class Fetcher:
             log.exception("resolve failed by a bug")
             self._reply(wire.failed(request, exc))
             return
-        manifest_fd = wire.memfd("manifest", manifest.data)
         try:
             self._reply(wire.ok(request, digest=str(manifest.digest), media_type=manifest.media_type), [manifest_fd])
         finally:

@@ -7,7 +7,21 @@ Source: credentials(7), prctl(2) PR_SET_NO_NEW_PRIVS.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
+
+# What the standard library imports only when it is first needed: codecs by name, and what prints a traceback.
+_IMPORTED_LATE = (
+    "encodings.ascii",
+    "encodings.idna",
+    "encodings.latin_1",
+    "encodings.punycode",
+    "encodings.utf_8_sig",
+    "linecache",
+    "stringprep",
+    "traceback",
+    "unicodedata",
+)
 
 _PR_SET_NO_NEW_PRIVS = 38
 
@@ -17,6 +31,8 @@ def become(uid: int, gid: int) -> None:
 
     Raises: OSError when this process may not; PermissionError when root could be had again.
     """
+    for module in _IMPORTED_LATE:
+        importlib.import_module(module)
     os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)  # from 0 to another uid: the kernel drops every capability
