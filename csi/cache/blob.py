@@ -108,8 +108,8 @@ class BlobReader(_MappedBlob):
 
 
 class BlobWriter(_MappedBlob):
-    """The fetcher's view. One writer per blob directory at a time; `write_block` is thread-safe for distinct blocks
-    of distinct segments' allocation state, which `_allocate` guards by creating each segment file once.
+    """The fetcher's view. One writer per blob directory at a time; writing is thread-safe for distinct
+    blocks, and a segment that two threads allocate at once is opened once.
     """
 
     @classmethod
@@ -131,9 +131,10 @@ class BlobWriter(_MappedBlob):
             os.close(directory_fd)
             raise CacheError(f"block map of blob {digest.short()}: {exc.strerror}") from exc
 
-    def write_block(self, block: int, data: memoryview) -> None:
-        """Write a whole block, then mark it. Raises: CacheError (a full disk); then the block stays absent."""
+    def write(self, block: int, start: int, data: memoryview) -> None:
+        """Write bytes of a block from `start` within it. Raises: CacheError (a full disk)."""
         segment, offset = blocks.segment_of(block)
+        offset += start
         try:
             fd = self._segments.get(segment)
             if fd is None:
@@ -143,6 +144,9 @@ class BlobWriter(_MappedBlob):
                 data, offset = data[written:], offset + written
         except OSError as exc:
             raise CacheError(f"cache write failed: {exc.strerror}") from exc
+
+    def mark(self, block: int) -> None:
+        """Every byte of the block is written: readers may have it."""
         self._map[fmt.HEADER_BYTES + block] = 1
 
     def mark_verified(self) -> None:
@@ -160,15 +164,6 @@ class BlobWriter(_MappedBlob):
         """The sha256 did not match: nobody reads another byte of this, and the next writer starts empty."""
         self._map[fmt.STATE_OFFSET] = BlobState.POISONED
         self._map[fmt.HEADER_BYTES :] = bytes(self.block_count)
-
-    def allocate(self, block: int) -> None:
-        """Make room for the segment of `block` before its bytes arrive. Raises: CacheError."""
-        segment, _ = blocks.segment_of(block)
-        if segment not in self._segments:
-            try:
-                self._allocate(segment)
-            except OSError as exc:
-                raise CacheError(f"cache allocation failed: {exc.strerror}") from exc
 
     def _allocate(self, segment: int) -> int:
         fd = os.open(

@@ -43,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="allow oci-layout: references below this directory; may be repeated (default none)",
     )
-    group.add_argument("--fetch-threads", type=int, default=3, metavar="N", help="connections per mount (default 3)")
+    group.add_argument("--fetch-threads", type=int, default=4, metavar="N", help="connections per mount (default 4)")
     group.add_argument(
         "--read-deadline", type=float, default=120.0, metavar="S", help="how long a read waits (default 120 s)"
     )

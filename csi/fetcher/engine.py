@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import mmap
+import os
 import random
 import threading
 import time
@@ -38,15 +39,23 @@ log = logging.getLogger(__name__)
 
 _FIRST_DELAY_S = 0.2
 _MAX_DELAY_S = 10.0
+
+# Received and written in pieces that stay in a core's cache on the way.
+_PIECE_BYTES = 512 * 1024
+_SCARCE_CORES = 4
+_HASH_PATIENCE_S = 0.1
 _AUTH_DELAY_S = 2.0  # new credentials wake the wait at once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSettings:
-    """`threads` connections in all, one of them for readers only. `fill`: fetch the whole model in the background."""
+    """`threads` connections in all, one of them for readers only. `fill`: fetch the whole model in the background.
+    `cores`: how many this process may use.
+    """
 
-    threads: int = 3
+    threads: int = 4
     fill: bool = True
+    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
 
 
 @dataclass(slots=True)
@@ -90,6 +99,7 @@ class FetchEngine:
         self._generation = 0  # counts credential changes; a wait for new credentials ends when it moves
         self._scheduler = Scheduler([spec.size_bytes for spec in specs], self._is_present, fill=settings.fill)
         self._counters = Counters()
+        self._last_demand = 0.0
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -110,6 +120,7 @@ class FetchEngine:
         with self._lock:
             if priority is Priority.DEMAND:
                 self._counters.demanded_blocks += count
+                self._last_demand = time.monotonic()
             self._scheduler.want(blob, first, count, priority)
             self._lock.notify_all()
         for block in range(first, min(first + count, self._writers[blob].block_count)):
@@ -152,6 +163,9 @@ class FetchEngine:
                 ],
             }
 
+    def _readers_wait(self) -> bool:
+        return time.monotonic() - self._last_demand < _HASH_PATIENCE_S
+
     def _spawn(self, name: str, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
         self._threads.append(thread)
@@ -190,12 +204,15 @@ class FetchEngine:
         reader = self._source.open_range(spec.digest, spec.size_bytes, offset, length)
         try:
             for blob, block in job.blocks():
-                view = buffer[: blocks.block_length(spec.size_bytes, block)]
-                reader.readinto(view)
-                writer.write_block(block, view)
+                length = blocks.block_length(spec.size_bytes, block)
+                for start in range(0, length, _PIECE_BYTES):
+                    piece = buffer[: min(_PIECE_BYTES, length - start)]
+                    reader.readinto(piece)
+                    writer.write(block, start, piece)
+                writer.mark(block)
                 with self._lock:
                     self._scheduler.done(blob, block)
-                    self._counters.fetched_bytes += len(view)
+                    self._counters.fetched_bytes += length
                     self._counters.fetched_blocks += 1
                     self._lock.notify_all()
                 self._on_block(blob, block)
@@ -242,12 +259,13 @@ class FetchEngine:
         hasher = spec.digest.hasher()
         for block in range(writer.block_count):
             with self._lock:
-                while not writer.has(block):
-                    if self._stopping:
-                        return False
+                while not writer.has(block) and not self._stopping:
                     self._lock.wait()
                 if self._stopping:
                     return False
+                if self._settings.cores < _SCARCE_CORES and self._readers_wait():
+                    # Hashing would take the core that the reader's bytes need: a block in a while is enough.
+                    self._lock.wait_for(lambda: self._stopping or not self._readers_wait(), _HASH_PATIENCE_S)
             view = buffer[: blocks.block_length(spec.size_bytes, block)]
             offset = block * blocks.BLOCK_BYTES
             while view:

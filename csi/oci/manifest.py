@@ -1,10 +1,15 @@
 """Manifests: bytes in, values out, with every limit and every refusal that does not depend on a model format.
 
+A manifest that two programs could read as two different things is refused, not interpreted: whoever checked the
+signature, the scan or the policy must have seen the layers that are mounted. `urls` and inline `data` of descriptors
+are ignored: blobs come from the registry the model came from.
+
 Source: OCI image-spec manifest.md and image-index.md; limits after the advisories on ambiguous manifests.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,19 +22,25 @@ from csi.oci.strict_json import loads_strict
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 MAX_LAYERS = 10_000
 _MAX_TOTAL_BYTES = 2**63 - 1
+_MAX_LISTED = 8
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 
+# What a source says that does not know better.
+_NEUTRAL_TYPES = ("", "application/json", "application/octet-stream")
+_MEDIA_TYPE = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,253}[\x21-\x7e])?")
+
 # Things that hang on a model and are never one, by the media types that give them away.
 _ATTACHMENTS = {
     "application/vnd.dev.cosign.simplesigning.v1+json": "a signature",
     "application/vnd.dev.cosign.artifact.sig.v1+json": "a signature",
-    "application/vnd.dev.sigstore.bundle.": "a signature or attestation",
+    "application/vnd.dev.cosign.artifact.sbom.v1+json": "an SBOM",
+    "application/vnd.dev.sigstore.bundle": "a signature or attestation",
     "application/vnd.cncf.notary.signature": "a signature",
-    "application/vnd.in-toto+json": "an attestation",
+    "application/vnd.in-toto": "an attestation",
     "application/vnd.dsse.envelope.v1+json": "an attestation",
     "application/spdx+json": "an SBOM",
     "text/spdx": "an SBOM",
@@ -37,10 +48,23 @@ _ATTACHMENTS = {
     "application/sarif+json": "a scan report",
 }
 
+# Go's JSON decoder takes 'Layers' for 'layers'. Such a key means one thing there and nothing here.
+_DOCUMENT_KEYS = (
+    "schemaVersion",
+    "mediaType",
+    "artifactType",
+    "config",
+    "layers",
+    "manifests",
+    "annotations",
+    "subject",
+)
+_DESCRIPTOR_KEYS = ("mediaType", "digest", "size", "annotations", "urls", "data", "artifactType", "platform")
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One image manifest (never an index)."""
+    """One image manifest (never an index). `artifact_type` is empty where the manifest has none."""
 
     media_type: str
     artifact_type: str
@@ -57,84 +81,117 @@ def parse_manifest(data: bytes, content_type: str | None = None) -> Manifest:
     or SBOM, an ambiguous or malformed manifest.
     """
     document = loads_strict(data, "manifest", MAX_MANIFEST_BYTES)
+    _refuse_lookalikes(document, _DOCUMENT_KEYS, "")
     if "manifests" in document and ("layers" in document or "config" in document):
         raise UnsupportedModelError("manifest: has both 'manifests' and 'layers'; it could be read as two things")
-    declared = _text(document, "mediaType", "mediaType") if "mediaType" in document else ""
-    told = (content_type or "").partition(";")[0].strip().lower()
-    if declared and told not in ("", "application/json", "application/octet-stream", declared.lower()):
-        raise UnsupportedModelError(
-            f"manifest: calls itself {declared!r}, the registry calls it {told!r}", media_type=declared
-        )
-    media_type = declared or told or OCI_MANIFEST
-    if "manifests" in document or media_type in (OCI_INDEX, DOCKER_LIST):
+    media_type = _media_type_of(document, content_type)
+    if media_type.lower() in (OCI_INDEX, DOCKER_LIST):
         raise _index_refused(document)
-    if "config" not in document or "layers" not in document:
+    if media_type.lower() not in (OCI_MANIFEST, DOCKER_MANIFEST) or "config" not in document:
         raise UnsupportedModelError(
-            f"manifest ({media_type}): has no 'config' and 'layers', so it is not an OCI image manifest",
+            f"manifest: media type {media_type!r} with {_listed(document)}; expected an image manifest ({OCI_MANIFEST}) "
+            "with 'config' and 'layers'",
             media_type=media_type,
         )
-    layers = document["layers"]
+    if document.get("schemaVersion", 2) != 2:
+        raise UnsupportedModelError(f"manifest: schemaVersion is {str(document['schemaVersion'])[:40]!r}, expected 2")
+    layers = document.get("layers")
     if not isinstance(layers, list):
-        raise UnsupportedModelError("manifest: layers is not a list")
+        raise UnsupportedModelError("manifest: layers is missing or not a list")
     if len(layers) > MAX_LAYERS:
         raise UnsupportedModelError(f"manifest: {len(layers)} layers, the limit is {MAX_LAYERS}")
     manifest = Manifest(
         media_type=media_type,
-        artifact_type=_text(document, "artifactType", "artifactType") if "artifactType" in document else "",
+        artifact_type=_media_type(document, "artifactType", "artifactType") if document.get("artifactType") else "",
         config=_descriptor(document["config"], "config"),
         layers=tuple(_descriptor(layer, f"layers[{position}]") for position, layer in enumerate(layers)),
         annotations=_annotations(document, "annotations"),
         subject=_descriptor(document["subject"], "subject") if document.get("subject") is not None else None,
     )
-    if sum(layer.size_bytes for layer in manifest.layers) > _MAX_TOTAL_BYTES:
+    if manifest.config.size_bytes + sum(layer.size_bytes for layer in manifest.layers) > _MAX_TOTAL_BYTES:
         raise UnsupportedModelError("manifest: the sizes of its layers add up to more than 2^63-1 bytes")
     _refuse_attachments(manifest)
     return manifest
 
 
+def _media_type_of(document: Mapping[str, Any], content_type: str | None) -> str:
+    declared = _media_type(document, "mediaType", "mediaType") if document.get("mediaType") else ""
+    told = (content_type or "").partition(";")[0].strip().lower()
+    if told in _NEUTRAL_TYPES:
+        told = ""
+    if declared and told not in ("", declared.lower()):
+        raise UnsupportedModelError(
+            f"manifest: calls itself {declared!r}, the registry calls it {told[:255]!r}", media_type=declared
+        )
+    found = declared or told or (OCI_INDEX if "manifests" in document else OCI_MANIFEST)
+    if (found.lower() in (OCI_INDEX, DOCKER_LIST)) != ("manifests" in document):
+        raise UnsupportedModelError(
+            f"manifest: media type {found[:255]!r} with {_listed(document)}; it could be read as two things",
+            media_type=found[:255],
+        )
+    return found
+
+
 def _refuse_attachments(manifest: Manifest) -> None:
-    types = [manifest.artifact_type, manifest.config.media_type, *(layer.media_type for layer in manifest.layers)]
-    for media_type in types:
-        for prefix, what in _ATTACHMENTS.items():
-            if media_type.startswith(prefix):
-                raise UnsupportedModelError(
-                    f"this reference is {what} ({media_type}), not a model; name the model it belongs to",
-                    media_type=media_type,
-                )
+    """By artifact and config type, or by layers if all of them are such: a model may carry its SBOM beside its weights."""
+    for media_type in (manifest.artifact_type, manifest.config.media_type):
+        if what := _attachment(media_type):
+            raise _attachment_refused(what, media_type)
+    found = [_attachment(layer.media_type) for layer in manifest.layers]
+    if found and found[0] and all(found):
+        raise _attachment_refused(found[0], manifest.layers[0].media_type)
+
+
+def _attachment(media_type: str) -> str | None:
+    return next((what for prefix, what in _ATTACHMENTS.items() if media_type.lower().startswith(prefix)), None)
+
+
+def _attachment_refused(what: str, media_type: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"this reference is {what}, not a model ({media_type}); name the model it belongs to", media_type=media_type
+    )
 
 
 def _index_refused(document: Mapping[str, Any]) -> UnsupportedModelError:
-    candidates = []
     children = document.get("manifests")
-    for child in children if isinstance(children, list) else []:
-        if not isinstance(child, dict):
-            continue
-        platform = child.get("platform")
-        described = [str(child.get("digest", "?"))[:80]]
-        if isinstance(platform, dict):
-            described.append("/".join(str(platform[key])[:20] for key in ("os", "architecture") if key in platform))
-        if child.get("artifactType"):
-            described.append(str(child["artifactType"])[:80])
-        candidates.append(" ".join(described))
-    listed = "; ".join(candidates[:8]) + ("; …" if len(candidates) > 8 else "")
+    if not isinstance(children, list):
+        return UnsupportedModelError("manifest: manifests is not a list", media_type=OCI_INDEX)
+    candidates = [_candidate(child) for child in children[:_MAX_LISTED] if isinstance(child, dict)]
+    listed = "; ".join(candidates) + ("; …" if len(children) > _MAX_LISTED else "")
     return UnsupportedModelError(
-        f"this reference is an index of {len(candidates)} manifests; name one of them by digest: {listed or 'it is empty'}",
+        f"this reference is an index of {len(children)} manifests; name one of them by digest: {listed or 'it is empty'}",
         media_type=OCI_INDEX,
     )
+
+
+def _candidate(child: Mapping[str, Any]) -> str:
+    """`sha256:… linux/amd64 (application/… key=value …)`, whatever of it is there."""
+    words = [_shown(child.get("digest", "no digest"), 140)]
+    platform = child.get("platform")
+    if isinstance(platform, dict):
+        words.append(
+            "/".join(_shown(platform[key], 20) for key in ("os", "architecture", "variant") if key in platform)
+        )
+    more = [_shown(child["artifactType"], 80)] if child.get("artifactType") else []
+    annotations = child.get("annotations")
+    if isinstance(annotations, dict):
+        more += [f"{_shown(key, 60)}={_shown(text, 40)}" for key, text in list(annotations.items())[:3]]
+    return " ".join(word for word in [*words, f"({' '.join(more)})" if more else ""] if word)
 
 
 def _descriptor(value: Any, path: str) -> Descriptor:
     if not isinstance(value, dict):
         raise UnsupportedModelError(f"manifest: {path} is not a descriptor object")
+    _refuse_lookalikes(value, _DESCRIPTOR_KEYS, f"{path}.")
     size = value.get("size")
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise UnsupportedModelError(f"manifest: {path}.size must be a number of bytes, got {str(size)[:40]!r}")
+        raise UnsupportedModelError(f"manifest: {path}.size must be a number of bytes, got {_got(value, 'size')}")
     try:
         digest = Digest.parse(_text(value, "digest", f"{path}.digest"))
     except InvalidVolumeError as exc:
         raise UnsupportedModelError(f"manifest: {path}.digest: {exc}") from exc
     return Descriptor(
-        media_type=_text(value, "mediaType", f"{path}.mediaType"),
+        media_type=_media_type(value, "mediaType", f"{path}.mediaType"),
         digest=digest,
         size_bytes=size,
         annotations=_annotations(value, f"{path}.annotations"),
@@ -153,5 +210,37 @@ def _annotations(value: Mapping[str, Any], path: str) -> Mapping[str, str]:
 def _text(value: Mapping[str, Any], key: str, path: str) -> str:
     found = value.get(key)
     if not isinstance(found, str) or not found:
-        raise UnsupportedModelError(f"manifest: {path} must be a text, got {str(found)[:40]!r}")
+        raise UnsupportedModelError(f"manifest: {path} must be a text, got {_got(value, key)}")
     return found
+
+
+def _media_type(value: Mapping[str, Any], key: str, path: str) -> str:
+    """Printable ASCII, so that it can stand in messages and logs as it is."""
+    found = _text(value, key, path)
+    if not _MEDIA_TYPE.fullmatch(found):
+        raise UnsupportedModelError(f"manifest: {path} must be a media type, got {_got(value, key)}")
+    return found
+
+
+def _refuse_lookalikes(value: Mapping[str, Any], known: tuple[str, ...], path: str) -> None:
+    for key in value:
+        if key in known:
+            continue
+        twin = next((name for name in known if name.casefold() == key.casefold()), None)
+        if twin is not None:
+            raise UnsupportedModelError(
+                f"manifest: {path}{_shown(key, 40)} is {twin!r} to some programs and unknown to others; write it exactly so"
+            )
+
+
+def _got(value: Mapping[str, Any], key: str) -> str:
+    return repr(str(value[key])[:40]) if key in value else "nothing"
+
+
+def _listed(document: Mapping[str, Any]) -> str:
+    return "keys " + (", ".join(_shown(key, 40) for key in list(document)[:_MAX_LISTED]) or "none")
+
+
+def _shown(value: object, limit: int) -> str:
+    """A stranger's text for a message: short, and nothing a terminal or a log would obey."""
+    return "".join(c if c.isprintable() else "?" for c in str(value)[:limit])

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import re
+
 from csi.errors import UnsupportedModelError
 
 _MAX_PATH_BYTES = 4096
 _MAX_COMPONENT_BYTES = 255
 _MAX_DEPTH = 64
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def check_member_path(text: str, what: str) -> str:
     """`text` as a relative path, leading `./` removed. `what` names the layer or entry in error messages.
 
-    Tested by segment, so that a name such as `a..b` stays legal.
+    Tested by segment, so that a name such as `a..b` stays legal. Lengths are of the UTF-8 form: 255 bytes a segment,
+    4096 the whole, 64 segments.
 
     Raises: UnsupportedModelError (field `path`) for an absolute path, a `.`, `..` or empty segment, NUL, control
-    characters, a backslash, text that is not valid Unicode, or anything too long or too deep.
+    characters (also the 8-bit ones, which terminals obey), a backslash, text that is not valid Unicode, or anything
+    too long or too deep.
+
+    Source: the rules that tar extractors and OCI clients arrived at after their path-traversal advisories; NAME_MAX
+    and PATH_MAX of Linux.
     """
     path = text
     while path.startswith("./"):
@@ -34,7 +42,7 @@ def _problem(path: str) -> str | None:
         return "is empty"
     if path.startswith("/"):
         return "is absolute"
-    if any(ord(character) < 0x20 or ord(character) == 0x7F for character in path):
+    if _CONTROL.search(path):
         return "has control characters"
     if "\\" in path:
         return "has a backslash"

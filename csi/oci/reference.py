@@ -8,6 +8,7 @@ Source: distribution-spec, "Pulling manifests" (name and tag grammar); distribut
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ from csi.oci.digest import Digest
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])(?::(?P<port>[0-9]{1,5}))?")
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOST = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[(?P<ipv6>[0-9a-fA-F:.]+)\])(?::(?P<port>[0-9]{{1,5}}))?")
 _MAX_LENGTH = 1024  # registry + repository ≤ 255 is advised by the spec; the digest may add 135
 
 LAYOUT_SCHEME = "oci-layout:"
@@ -44,8 +46,8 @@ class Reference:
         Raises: InvalidVolumeError that says which part is wrong and what would be right.
         """
         shown = text[:200]
-        if not text or len(text) > _MAX_LENGTH or text != text.strip():
-            raise _invalid(shown, "is empty, longer than 1024 characters, or has blanks around it")
+        if not text or len(text) > _MAX_LENGTH or text != text.strip() or not text.isprintable():
+            raise _invalid(shown, "is empty, longer than 1024 characters, or has blanks or control characters")
         if text.startswith(LAYOUT_SCHEME):
             return cls._parse_layout(text[len(LAYOUT_SCHEME) :], shown)
         text = text.removeprefix(OCI_SCHEME)
@@ -55,8 +57,7 @@ class Reference:
         registry, slash, path = rest.partition("/")
         if not slash or not ("." in registry or ":" in registry or registry == "localhost"):
             raise _invalid(shown, "does not begin with a registry host (such as registry.example.com/)")
-        host = _HOST.fullmatch(registry)
-        if host is None or (host["port"] and not 0 < int(host["port"]) < 65536):
+        if not _is_host(registry):
             raise _invalid(shown, f"has a malformed registry host {registry!r}")
         repository, tag = _split_tag(path, shown)
         if len(repository) > 255 or not _REPOSITORY.fullmatch(repository):
@@ -67,11 +68,15 @@ class Reference:
 
     @classmethod
     def _parse_layout(cls, text: str, shown: str) -> Reference:
-        rest, digest = _split_digest(text)
-        directory, tag = _split_tag(rest, shown)
-        if not directory.startswith("/") or "\0" in directory or ".." in directory.split("/"):
+        head, slash, last = text.rpartition("/")
+        last, digest = _split_digest(last)
+        directory, tag = _split_tag(head + slash + last, shown)
+        if not directory.startswith("/") or ".." in directory.split("/"):
             raise _invalid(shown, "needs an absolute directory after oci-layout:, without '..'")
-        return cls("", "", tag, digest, layout_dir=directory.rstrip("/") or "/")
+        directory = directory.rstrip("/") or "/"
+        if set(directory.rpartition("/")[2]) & set(":@"):  # could not be told from a tag or digest when written out
+            raise _invalid(shown, "names a directory with ':' or '@' in its last part, where a tag or digest begins")
+        return cls("", "", tag, digest, layout_dir=directory)
 
     @property
     def is_layout(self) -> bool:
@@ -101,6 +106,18 @@ def _invalid(shown: str, problem: str) -> InvalidVolumeError:
         f"reference {shown!r} {problem}; expected registry/repository:tag or registry/repository@sha256:<hex>",
         field="reference",
     )
+
+
+def _is_host(registry: str) -> bool:
+    host = _HOST.fullmatch(registry)
+    if host is None or (host["port"] and not 0 < int(host["port"]) < 65536):
+        return False
+    if host["ipv6"]:
+        try:
+            ipaddress.IPv6Address(host["ipv6"])
+        except ValueError:
+            return False
+    return len(registry) <= 255
 
 
 def _split_digest(text: str) -> tuple[str, Digest | None]:
