@@ -7,16 +7,26 @@ import getpass
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from csi.errors import InvalidVolumeError, ModelMountError, UnsupportedModelError
+from csi.errors import InvalidVolumeError, UnsupportedModelError
 from csi.oci.digest import Digest
 from csi.oci.modelpack import ModelDescription, PackedModel, SourceFile, pack
+from csi.oci.paths import check_member_path
 from csi.oci.reference import Reference
+
+if TYPE_CHECKING:
+    from csi.registry.auth import Credentials
+    from csi.registry.pushing import ModelSink, PushProgress
+
+_DEFAULT_TAG = "latest"
+_SHOWN_HIDDEN = 5
+_REDRAW_S = 0.1
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,8 +38,12 @@ def add_parser(subparsers: Any) -> None:
         "same digest for the same files. Files the repository has already are not sent again. Hidden files are left out.",
         epilog="Prints the pinned reference, ready for a volume's 'reference' attribute.",
     )
-    parser.add_argument("source", help="a directory of model files, or one file")
-    parser.add_argument("reference", help="registry/repository:tag, or oci-layout:/directory[:tag]")
+    parser.add_argument("source", metavar="SOURCE", help="a directory of model files, or one file")
+    parser.add_argument(
+        "reference",
+        metavar="REFERENCE",
+        help="registry/repository[:tag], or oci-layout:/directory[:tag]; the tag is 'latest' when none is given",
+    )
     parser.add_argument("--plain-http", action="store_true", help="speak plain HTTP (loopback registries need no flag)")
     parser.add_argument("--username", help="registry user")
     parser.add_argument("--password-stdin", action="store_true", help="read the registry password from stdin")
@@ -39,12 +53,12 @@ def add_parser(subparsers: Any) -> None:
         "--annotation", action="append", default=[], metavar="KEY=VALUE", help="a manifest annotation; may be repeated"
     )
     parser.add_argument("--dry-run", action="store_true", help="hash and pack, send nothing")
-    parser.add_argument("--output", choices=["text", "json"], default="text")
+    parser.add_argument("--output", choices=["text", "json"], default="text", help="what stdout gets (default: text)")
     parser.set_defaults(run=run)
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class FoundFile:
     """A file on disk and where it goes in the model."""
 
     disk_path: str
@@ -52,30 +66,50 @@ class _Found:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Hash, pack, upload."""
+    """Hash, pack, upload; progress on stderr, the outcome on stdout. Returns 0.
+
+    Raises: InvalidVolumeError for wrong usage, any other ModelMountError for what failed.
+    """
     reference = Reference.parse(args.reference)
     if reference.digest is not None:
-        raise InvalidVolumeError(f"reference {args.reference!r}: push to a tag; the digest is the outcome of a push")
+        raise InvalidVolumeError(
+            f"reference {args.reference!r}: has a digest, but the digest is the outcome of a push; name a tag or nothing",
+            field="reference",
+        )
     description = ModelDescription(
         name=args.name, version=args.model_version, annotations=_annotations(args.annotation)
     )
+    credentials = _credentials(args, reference)
     found, hidden = find_files(args.source)
-    if hidden and args.output == "text":
-        print(f"left out {len(hidden)} hidden files, such as {hidden[0]}", file=sys.stderr)
+    if hidden:
+        shown = ", ".join(hidden[:_SHOWN_HIDDEN]) + (", …" if len(hidden) > _SHOWN_HIDDEN else "")
+        print(f"left out as hidden: {shown}", file=sys.stderr)
+    progress = _Progress()
     disk_paths = {file.path: file.disk_path for file in found}
-    model = pack([_hash(file) for file in found], description)
-    states = {} if args.dry_run else _send(args, reference, model, disk_paths)
-    _report(args, reference, model, states)
+    try:
+        model = pack([_hash(file, progress) for file in found], description)
+        progress.start(sum(file.size_bytes for file in model.files))
+        states: Mapping[str, str] = {}
+        if not args.dry_run:
+            states = _send(_open_sink(args, reference, credentials), reference, model, disk_paths, progress)
+    finally:
+        progress.clear()
+    _report(args.output, reference, model, states)
+    if args.dry_run:
+        print("dry run: nothing was sent", file=sys.stderr)
     return 0
 
 
-def find_files(source: str) -> tuple[list[_Found], list[str]]:
-    """The regular files to push, and the hidden ones left out, both in path order.
+def find_files(source: str) -> tuple[list[FoundFile], list[str]]:
+    """The regular files to push, and the hidden ones and hidden directories left out; both in path order.
 
-    Raises: UnsupportedModelError for nothing to push, a link out of the directory, a device or an unreadable file.
+    A link to a file inside the directory is pushed as that file. Names are checked here, before anything is hashed.
+
+    Raises: UnsupportedModelError for nothing to push, a link out of the directory or to a directory, something that is
+    not a regular file, or a name that could not be mounted.
     """
     if os.path.isfile(source):
-        return [_Found(source, os.path.basename(source))], []
+        return [FoundFile(source, check_member_path(os.path.basename(source), "source"))], []
     if not os.path.isdir(source):
         raise UnsupportedModelError(f"{source}: no such file or directory")
     root = os.path.realpath(source)
@@ -85,159 +119,173 @@ def find_files(source: str) -> tuple[list[_Found], list[str]]:
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
         for name in subdirectories:
             if os.path.islink(os.path.join(directory, name)):
-                raise UnsupportedModelError(f"{directory}/{name}: is a link to a directory; copy the files instead")
+                raise UnsupportedModelError(
+                    f"{os.path.join(directory, name)}: is a link to a directory; push a copy of it (cp -rL)"
+                )
         for name in sorted(names):
             path = os.path.join(directory, name)
             if name.startswith("."):
                 hidden.append(path)
                 continue
-            real = os.path.realpath(path)
-            if not real.startswith(root + os.sep):
-                raise UnsupportedModelError(f"{path}: is a link out of {source}; copy the file instead")
-            if not os.path.isfile(real):
-                raise UnsupportedModelError(f"{path}: is not a regular file")
-            found.append(_Found(path, os.path.relpath(path, root)))
+            _check_file(root, path)
+            found.append(FoundFile(path, check_member_path(os.path.relpath(path, root), "source")))
     if not found:
-        raise UnsupportedModelError(f"{source}: has no files to push" + (" but hidden ones" if hidden else ""))
-    return found, [os.path.relpath(path, root) for path in hidden]
+        raise UnsupportedModelError(f"{source}: has no files to push" + (", only hidden ones" if hidden else ""))
+    found.sort(key=lambda file: file.path)
+    return found, sorted(os.path.relpath(path, root) + ("/" if path.endswith("/") else "") for path in hidden)
+
+
+def _check_file(root: str, path: str) -> None:
+    real = os.path.realpath(path)
+    if os.path.commonpath([root, real]) != root:
+        raise UnsupportedModelError(f"{path}: is a link out of {root}; push a copy of the directory (cp -rL)")
+    if not os.path.exists(real):
+        raise UnsupportedModelError(f"{path}: is a link to nothing; remove it")
+    if not os.path.isfile(real):
+        raise UnsupportedModelError(f"{path}: is not a regular file; remove it")
 
 
 def _unreadable(error: OSError) -> None:
-    raise UnsupportedModelError(f"{error.filename}: {error.strerror}")
+    raise UnsupportedModelError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
-def _hash(file: _Found) -> SourceFile:
+def _hash(file: FoundFile, progress: _Progress) -> SourceFile:
+    progress.hashing(file.path)
     try:
         with open(file.disk_path, "rb") as opened:
             digest = Digest("sha256", hashlib.file_digest(opened, "sha256").hexdigest())
-            size = opened.tell() or os.fstat(opened.fileno()).st_size
+            return SourceFile(file.path, digest, opened.tell())
     except OSError as exc:
-        raise UnsupportedModelError(f"{file.disk_path}: {exc.strerror}") from exc
-    return SourceFile(file.path, digest, size)
+        raise UnsupportedModelError(f"{file.disk_path}: cannot be read: {exc.strerror}") from exc
+
+
+def _open_sink(args: argparse.Namespace, reference: Reference, credentials: Credentials | None) -> ModelSink:
+    """Imported here: only a push to a registry needs oras and its libraries."""
+    if reference.is_layout:
+        from csi.registry.layout_writer import LayoutWriter
+
+        return LayoutWriter(reference)
+    from csi.registry.upload import ModelUploader
+
+    return ModelUploader(reference, plain_http=args.plain_http, credentials=credentials)
 
 
 def _send(
-    args: argparse.Namespace, reference: Reference, model: PackedModel, disk_paths: dict[str, str]
+    sink: ModelSink, reference: Reference, model: PackedModel, disk_paths: Mapping[str, str], progress: _Progress
 ) -> dict[str, str]:
     """What became of each file, by path."""
-    from csi.registry.layout_writer import LayoutWriter
-    from csi.registry.upload import ModelUploader
-
-    progress = _Progress(sum(file.size_bytes for file in model.files), quiet=args.output == "json")
     states: dict[str, str] = {}
-    if reference.is_layout:
-        writer = LayoutWriter(reference)
-        for file in model.files:
-            states[file.path] = writer.add_file(file.digest, disk_paths[file.path])
-            progress.done(file, states[file.path])
-        writer.finish(model)
-        return states
-    uploader = ModelUploader(reference, plain_http=args.plain_http, credentials=_credentials(args))
     try:
         for file, layer in zip(model.files, model.layers, strict=True):
-            try:
-                states[file.path] = uploader.upload_file(layer, disk_paths[file.path], progress.bytes_sent(file))
-            except OSError as exc:
-                raise UnsupportedModelError(f"{disk_paths[file.path]}: {exc.strerror}") from exc
-            progress.done(file, states[file.path])
-        uploader.upload_bytes(model.config_descriptor, model.config)
-        uploader.upload_manifest(model.manifest, [reference.tag or "latest"])
-    except ModelMountError:
-        progress.clear()
-        raise
+            states[file.path] = sink.put_file(layer, disk_paths[file.path], progress.on_progress)
+            progress.finished(file, states[file.path])
+        sink.finish(model, reference.tag or _DEFAULT_TAG)
     finally:
-        uploader.close()
+        sink.close()
     return states
 
 
-def _report(args: argparse.Namespace, reference: Reference, model: PackedModel, states: dict[str, str]) -> None:
+def _report(output: str, reference: Reference, model: PackedModel, states: Mapping[str, str]) -> None:
     pinned = f"{reference.origin}@{model.digest}"
-    if args.output == "json":
-        files = [
-            {
-                "digest": str(file.digest),
-                "media_type": layer.media_type,
-                "path": file.path,
-                "size_bytes": file.size_bytes,
-                "state": states.get(file.path, "packed"),
-            }
-            for file, layer in zip(model.files, model.layers, strict=True)
-        ]
-        pushed = sum(file.size_bytes for file in model.files if states.get(file.path) == "uploaded")
-        print(
-            json.dumps(
-                {
-                    "digest": str(model.digest),
-                    "files": files,
-                    "manifest_size_bytes": len(model.manifest),
-                    "pushed_bytes": pushed,
-                    "reference": pinned,
-                },
-                sort_keys=True,
-            )
-        )
+    if output == "text":
+        print(pinned)
         return
-    print(pinned)
+    files = [
+        {
+            "digest": str(file.digest),
+            "media_type": layer.media_type,
+            "path": file.path,
+            "size_bytes": file.size_bytes,
+            "state": states.get(file.path, "planned"),
+        }
+        for file, layer in zip(model.files, model.layers, strict=True)
+    ]
+    outcome = {
+        "digest": str(model.digest),
+        "files": files,
+        "manifest_size_bytes": len(model.manifest),
+        "pushed_bytes": sum(file.size_bytes for file in model.files if states.get(file.path) == "uploaded"),
+        "reference": pinned,
+    }
+    print(json.dumps(outcome, sort_keys=True))
 
 
 def _annotations(given: list[str]) -> dict[str, str]:
-    annotations = {}
+    annotations: dict[str, str] = {}
     for text in given:
         key, separator, value = text.partition("=")
-        if not separator or not key:
-            raise InvalidVolumeError(f"--annotation {text!r}: expected KEY=VALUE")
+        if not separator or not key or key in annotations:
+            raise InvalidVolumeError(f"--annotation {text!r}: expected KEY=VALUE, every KEY once", field="annotation")
         annotations[key] = value
     return annotations
 
 
-def _credentials(args: argparse.Namespace) -> Any:
+def _credentials(args: argparse.Namespace, reference: Reference) -> Credentials | None:
     from csi.registry.auth import Credentials
 
     if not args.username:
         if args.password_stdin:
-            raise InvalidVolumeError("--password-stdin needs --username")
+            raise InvalidVolumeError("--password-stdin needs --username", field="username")
         return None
-    password = sys.stdin.readline().rstrip("\n") if args.password_stdin else getpass.getpass("registry password: ")
+    if reference.is_layout:
+        raise InvalidVolumeError("--username: a directory needs no credentials", field="username")
+    if args.password_stdin:
+        password = sys.stdin.readline().rstrip("\r\n")
+    elif sys.stdin.isatty():
+        password = getpass.getpass("registry password: ")
+    else:
+        raise InvalidVolumeError("--username needs --password-stdin (or a terminal to ask on)", field="password")
+    if not password:
+        raise InvalidVolumeError("the password is empty", field="password")
     return Credentials(args.username, password)
 
 
 class _Progress:
-    """A bar on a terminal, one line per finished file elsewhere, nothing when quiet. On stderr."""
+    """On stderr: a bar on a terminal, one line per finished file everywhere."""
 
-    def __init__(self, total_bytes: int, *, quiet: bool) -> None:
-        self._total = max(1, total_bytes)
-        self._sent = 0
-        self._quiet = quiet
-        self._bar = sys.stderr.isatty() and not quiet
+    def __init__(self) -> None:
+        self._bar = sys.stderr.isatty()
+        self._total = 1
+        self._before = 0  # bytes of the files that are finished
+        self._sent = 0  # of those, bytes that were sent
         self._started = time.monotonic()
         self._drawn_at = 0.0
 
-    def bytes_sent(self, file: SourceFile) -> Callable[[int], None]:
-        """A callback for one file's bytes."""
+    def hashing(self, path: str) -> None:
+        """A file is being hashed."""
+        self._draw(f"hashing {path}")
 
-        def add(count: int) -> None:
-            self._sent += count
-            if self._bar and time.monotonic() - self._drawn_at > 0.1:
-                self._drawn_at = time.monotonic()
-                rate = self._sent / max(1e-3, self._drawn_at - self._started) / 1e6
-                filled = min(30, 30 * self._sent // self._total)
-                print(
-                    f"\r\033[K{'█' * filled}{'░' * (30 - filled)} {self._sent / 1e6:,.0f} of {self._total / 1e6:,.0f} MB "
-                    f"{rate:,.0f} MB/s  {file.path[-30:]}",
-                    end="",
-                    file=sys.stderr,
-                    flush=True,
-                )
+    def start(self, total_bytes: int) -> None:
+        """Hashing is over, so many bytes are to be there in the end."""
+        self._total = max(1, total_bytes)
+        self._started = time.monotonic()
 
-        return add
+    def on_progress(self, event: PushProgress) -> None:
+        """Some of the current file is there."""
+        if not self._bar or time.monotonic() - self._drawn_at < _REDRAW_S:
+            return
+        done = self._before + event.bytes_done
+        rate = (self._sent + event.bytes_done) / max(1e-3, time.monotonic() - self._started) / 1e6
+        filled = min(30, 30 * done // self._total)
+        self._draw(
+            f"{'█' * filled}{'░' * (30 - filled)} {done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB  {rate:,.0f} MB/s  "
+            f"{os.path.basename(event.path)}"
+        )
 
-    def done(self, file: SourceFile, state: str) -> None:
+    def finished(self, file: SourceFile, state: str) -> None:
         """A file is there."""
+        self._before += file.size_bytes
+        self._sent += file.size_bytes if state == "uploaded" else 0
         self.clear()
-        if not self._quiet:
-            print(f"{state:9} {file.size_bytes / 1e6:10,.2f} MB  {file.path}", file=sys.stderr)
+        print(f"{state:8} {file.size_bytes / 1e6:12,.2f} MB  {file.path}", file=sys.stderr)
 
     def clear(self) -> None:
         """Remove the bar."""
         if self._bar:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def _draw(self, line: str) -> None:
+        if self._bar:
+            self._drawn_at = time.monotonic()
+            line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line cannot be overwritten
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)

@@ -75,7 +75,7 @@ class LayoutWriter:
                 "size": len(model.manifest),
                 "annotations": {_REF_NAME: tag},
             }
-            kept = [old for old in index["manifests"] if _name_of(old) != tag]
+            kept = [old for old in index["manifests"] if not _is_replaced(old, str(model.digest), tag)]
             index["manifests"] = [*kept, entry]
             self._write(self._path("index.json"), json.dumps(index, indent=2, sort_keys=True).encode())
 
@@ -163,7 +163,10 @@ def _size_of(path: str) -> int | None:
         return None
 
 
-def _name_of(entry: Any) -> str | None:
-    annotations = entry.get("annotations") if isinstance(entry, dict) else None
+def _is_replaced(entry: Any, digest: str, tag: str) -> bool:
+    """The entry that has the tag now, and a nameless one of the same manifest."""
+    if not isinstance(entry, dict):
+        return False
+    annotations = entry.get("annotations")
     name = annotations.get(_REF_NAME) if isinstance(annotations, dict) else None
-    return name if isinstance(name, str) else None
+    return name == tag or (name is None and entry.get("digest") == digest)

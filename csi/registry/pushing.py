@@ -83,7 +83,9 @@ class HashedFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     def __len__(self) -> int:
@@ -100,9 +102,7 @@ class HashedFile:
         Raises: SizeMismatchError, DigestMismatchError, UnsupportedModelError.
         """
         done = self._blob.size_bytes - self._left
-        self._on_progress(
-            PushProgress(self._blob.digest, self._path, done, self._blob.size_bytes, PushState.UPLOADING)
-        )
+        self._on_progress(PushProgress(self._blob.digest, self._path, done, self._blob.size_bytes, PushState.UPLOADING))
         if self._left == 0:
             if self._blob.size_bytes == 0:
                 self._check_whole()

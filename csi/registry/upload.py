@@ -1,230 +1,445 @@
-"""Uploads, over the oras library: its names and session, our timeouts, streaming and checks.
+"""Uploads to a registry, over the oras library: its session, its addresses and its token exchange; our timeouts,
+streaming, checks and rules about passwords.
 
-What the adapter changes: every request has timeouts and no ambient credentials, proxies or cookies; Basic goes to
-the registry itself and nowhere else; blobs stream from the file with a known length instead of being read whole;
-a digest the registry reports is compared.
+What the adapter changes, because oras as it is has none of it:
+- every request has timeouts, and no retries that repeat a refused password;
+- no ambient credentials (docker's config.json, netrc, ORAS_USER), proxies or cookies;
+- a password goes to the registry itself, and to a token service that belongs to it; never along a redirect;
+- blobs stream from the file with a known length in one PUT, instead of being read whole;
+- the bytes sent are hashed, and a digest the registry reports is compared.
+
+A push is not repeated here when it fails; started again, it skips what the registry has.
+
+Source: distribution-spec, "Pushing blobs" and "Pushing manifests"; distribution docs, spec/auth/token.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import io
-import os
-from collections.abc import Callable, Iterator
+import http
+import ipaddress
+import json
+import ssl
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+import oras.auth.utils
 import oras.container
 import oras.provider
 import requests
+import urllib3.exceptions
+from requests.adapters import HTTPAdapter
 
 from csi.errors import (
     DigestMismatchError,
+    InvalidVolumeError,
     ModelNotFoundError,
     RegistryAuthError,
     RegistryError,
     RegistryUnavailableError,
-    SizeMismatchError,
 )
 from csi.oci.descriptor import Descriptor
 from csi.oci.digest import Digest
 from csi.oci.manifest import OCI_MANIFEST
+from csi.oci.modelpack import PackedModel
 from csi.oci.reference import Reference
 from csi.registry.address_rules import AddressRules, redact_url
-from csi.registry.auth import Credentials
+from csi.registry.auth import Credentials, parse_challenges
+from csi.registry.pushing import HashedFile, OnProgress, PushProgress, PushState
 
-_CONNECT_TIMEOUT_S, _ANSWER_TIMEOUT_S = 10.0, 120.0
-_READ_BYTES = 1024 * 1024
+_CONNECT_TIMEOUT_S = 10.0
+_ANSWER_TIMEOUT_S = 120.0
+# A registry that keeps its blobs in an object store copies a finished upload before it answers. A guess, not measured.
+_COMMIT_BYTES_PER_S = 32 * 1024 * 1024
+_MAX_ANSWER_BYTES = 64 * 1024
+# Tokens live at least 60 s; a large PUT must begin with a fresh one, as its body cannot be sent twice.
+_TOKEN_AGE_S = 30.0
+_REDIRECTS = (301, 302, 303, 307, 308)
 
 
-class UploadState(StrEnum):
-    """What became of a blob."""
+class _Adapter(HTTPAdapter):
+    """The CAs of the system beside those of requests, and a timeout on every request, also on those oras makes."""
 
-    EXISTS = "exists"
-    UPLOADED = "uploaded"
+    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **pool_kwargs: Any) -> None:
+        super().init_poolmanager(  # type: ignore[no-untyped-call, unused-ignore]
+            connections, maxsize, block, ssl_context=ssl.create_default_context(), **pool_kwargs
+        )
 
-
-class _Registry(oras.provider.Registry):  # type: ignore[misc]
-    """oras's registry with a request function of our own."""
-
-    def __init__(self, authority: str, *, plain_http: bool, credentials: Credentials | None) -> None:
-        super().__init__(hostname=authority, insecure=plain_http, auth_backend="basic")
-        self.session.trust_env = False
-        self._base = (self.prefix, authority)
-        self._authorization = None
-        if credentials is not None:
-            userpass = f"{credentials.username}:{credentials.password}".encode()
-            self._authorization = "Basic " + base64.b64encode(userpass).decode()
-
-    def do_request(
+    def send(
         self,
-        url: str,
-        method: str = "GET",
-        data: Any = None,
-        headers: dict[str, str] | None = None,
-        json: dict[str, Any] | None = None,
+        request: requests.PreparedRequest,
         stream: bool = False,
+        timeout: Any = None,
+        verify: bool | str = True,
+        cert: Any = None,
+        proxies: Mapping[str, str] | None = None,
     ) -> requests.Response:
-        """One request, without retries or redirects. Raises: RegistryUnavailableError, RegistryAuthError."""
-        sent = dict(headers or {})
-        parts = urlsplit(url)
-        if self._authorization and (parts.scheme, parts.netloc) == self._base:
-            sent["Authorization"] = self._authorization
-        try:
-            response: requests.Response = self.session.request(
-                method,
-                url,
-                data=data,
-                json=json,
-                headers=sent,
-                stream=stream,
-                verify=self._tls_verify,
-                timeout=(_CONNECT_TIMEOUT_S, _ANSWER_TIMEOUT_S),
-                allow_redirects=False,
-            )
-        except requests.exceptions.SSLError as exc:
-            raise RegistryUnavailableError(
-                f"registry {self._base[1]}: TLS failed; if it speaks plain HTTP, say --plain-http"
-            ) from exc
-        except (requests.exceptions.RequestException, OSError) as exc:
-            raise RegistryUnavailableError(
-                f"registry {self._base[1]}: no answer to {method} {redact_url(url)} ({type(exc).__name__}); is it running?"
-            ) from exc
-        if response.status_code in (401, 403):
-            wants = response.headers.get("WWW-Authenticate", "").partition(" ")[0] or "no known scheme"
-            hint = "they may not push here" if self._authorization else "give --username and --password-stdin"
-            raise RegistryAuthError(
-                f"registry {self._base[1]}: answered {response.status_code} (wants {wants}); {hint}",
-                status=response.status_code,
-            )
-        return response
+        timeout = timeout or (_CONNECT_TIMEOUT_S, _ANSWER_TIMEOUT_S)
+        return super().send(request, stream, timeout, verify, cert, proxies)
 
 
 @dataclass(frozen=True, slots=True)
-class _ProgressFile:
-    """A file object of known length for requests, which then neither buffers nor chunks the body."""
+class _Answer:
+    """A response, its body read as far as anybody needs it."""
 
-    file: BinaryIO
-    length: int
-    on_bytes: Callable[[int], None]
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[bytes]:
-        while block := self.read(_READ_BYTES):
-            yield block
-
-    def read(self, size: int = -1) -> bytes:
-        """More bytes per call than http.client asks for: fewer system calls."""
-        block = self.file.read(max(size, _READ_BYTES) if size > 0 else _READ_BYTES)
-        self.on_bytes(len(block))
-        return block
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
 
 
 class ModelUploader:
-    """Uploads to one repository. Not thread-safe."""
+    """A `ModelSink` over one repository of a registry.
+
+    Plain HTTP is spoken to loopback registries, and to others only with `plain_http`; never as a fallback.
+    """
 
     def __init__(self, reference: Reference, *, plain_http: bool, credentials: Credentials | None) -> None:
+        """No I/O yet. Raises: InvalidVolumeError for a user name that Basic authentication cannot express."""
+        if credentials is not None and ":" in credentials.username:
+            raise InvalidVolumeError(
+                "user name: has a ':', which Basic authentication cannot express", field="username"
+            )
         rules = AddressRules(frozenset({reference.registry}) if plain_http else frozenset())
-        self._plain_http = rules.scheme_for(reference.registry) == "http"
-        self._registry = _Registry(reference.registry, plain_http=self._plain_http, credentials=credentials)
-        self._container = oras.container.Container(f"{reference.registry}/{reference.repository}")
         self._origin = reference.origin
+        self._registry = reference.registry
+        self._oras = oras.provider.Registry(
+            hostname=reference.registry, insecure=rules.scheme_for(reference.registry) == "http", auth_backend="token"
+        )
+        self._base = f"{self._oras.prefix}://{reference.registry}"
+        self._oras.session.trust_env = False
+        for scheme in ("https://", "http://"):
+            self._oras.session.mount(scheme, _Adapter())
+        self._container = oras.container.Container(f"{reference.registry}/{reference.repository}")
+        self._credentials = credentials
+        self._token: str | None = None
+        self._token_at = 0.0
 
-    def upload_file(self, blob: Descriptor, path: str, on_bytes: Callable[[int], None]) -> UploadState:
-        """Upload a file as `blob` unless the repository has it. `on_bytes` is told the bytes sent, piece by piece.
+    def put_file(self, blob: Descriptor, path: str, on_progress: OnProgress) -> PushState:
+        """See `ModelSink`."""
+        with HashedFile(blob, path, on_progress) as source:
+            state = self._put_blob(blob, source, path)
+        on_progress(PushProgress(blob.digest, path, blob.size_bytes, blob.size_bytes, state))
+        return state
 
-        Raises: SizeMismatchError or DigestMismatchError when the file is not what was hashed; RegistryError.
-        """
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != blob.size_bytes:
-                raise SizeMismatchError(
-                    f"{path}: changed while it was pushed ({blob.size_bytes} bytes when hashed, {size} now); push again",
-                    expected=blob.size_bytes,
-                    actual=size,
-                    subject=path,
-                )
-            return self._upload(blob, file, on_bytes, path)
-
-    def upload_bytes(self, blob: Descriptor, content: bytes) -> UploadState:
-        """The same for bytes in memory (configs)."""
-        return self._upload(blob, io.BytesIO(content), lambda count: None, "config")
-
-    def upload_manifest(self, manifest: bytes, names: list[str]) -> Digest:
-        """PUT the manifest under its digest and then under each of `names` (tags).
-
-        Raises: RegistryError, DigestMismatchError.
-        """
-        digest = Digest.of(manifest)
-        for name in [str(digest), *names]:
-            url = f"{self._registry.prefix}://{self._container.manifest_url(name)}"
-            response = self._registry.do_request(url, "PUT", data=manifest, headers={"Content-Type": OCI_MANIFEST})
-            self._expect(response, (201,), f"manifest {name}")
-            _check_told_digest(response, digest, f"{self._origin} manifest {name}")
-        return digest
+    def finish(self, model: PackedModel, tag: str) -> None:
+        """See `ModelSink`. The manifest goes there under its digest first, so that the tag never names half a push."""
+        self._put_blob(model.config_descriptor, model.config, "config")
+        for name in (str(model.digest), tag):
+            self._renew_old_token()
+            url = f"{self._oras.prefix}://{self._container.manifest_url(name)}"
+            answer = self._ask("PUT", url, data=model.manifest, headers={"Content-Type": OCI_MANIFEST})
+            self._expect(answer, http.HTTPStatus.CREATED, f"manifest {name}")
+            _check_told_digest(answer, model.digest, f"{self._origin} manifest {name}")
 
     def close(self) -> None:
-        """Close the connections."""
-        self._registry.session.close()
+        """See `ModelSink`."""
+        self._oras.session.close()
 
-    def _upload(self, blob: Descriptor, file: BinaryIO, on_bytes: Callable[[int], None], what: str) -> UploadState:
-        if self._registry.blob_exists({"digest": str(blob.digest)}, self._container):
-            return UploadState.EXISTS
-        url = f"{self._registry.prefix}://{self._container.upload_blob_url()}"
-        session = self._registry.do_request(url, "POST", headers={"Content-Length": "0"})
-        self._expect(session, (202,), f"upload of {what}")
-        location = urljoin(url, session.headers.get("Location", ""))
-        if urlsplit(location).scheme == "http" and not self._plain_http:
-            raise RegistryError(f"{self._origin}: wants the upload over plain HTTP at {redact_url(location)}; refused")
+    def _put_blob(self, blob: Descriptor, source: HashedFile | bytes, what: str) -> PushState:
+        self._renew_old_token()
+        if self._has_blob(blob.digest):
+            return PushState.EXISTS
+        start = f"{self._oras.prefix}://{self._container.upload_blob_url()}"
+        answer = self._ask("POST", start, headers={"Content-Length": "0"})
+        self._expect(answer, http.HTTPStatus.ACCEPTED, f"upload of {what}")
+        location = self._upload_address(start, answer.headers.get("Location", ""))
         separator = "&" if urlsplit(location).query else "?"
-        response = self._registry.do_request(
-            f"{location}{separator}digest={blob.digest}",
+        if isinstance(source, HashedFile) and blob.size_bytes == 0:
+            source = source.read()  # requests takes a body of length 0 for no body at all
+        answer = self._ask(
             "PUT",
-            data=_ProgressFile(file, blob.size_bytes, on_bytes) if blob.size_bytes else b"",
-            headers={"Content-Type": "application/octet-stream", "Content-Length": str(blob.size_bytes)},
+            f"{location}{separator}digest={blob.digest}",
+            data=source,
+            headers={"Content-Type": "application/octet-stream"},
+            answer_timeout_s=_ANSWER_TIMEOUT_S + blob.size_bytes / _COMMIT_BYTES_PER_S,
         )
-        if response.status_code == 400 and "DIGEST_INVALID" in response.text[:4096]:
+        if answer.status == http.HTTPStatus.BAD_REQUEST and b"DIGEST_INVALID" in answer.body:
             raise DigestMismatchError(
-                f"{what}: the registry received bytes that are not {blob.digest.short()}; did the file change while it "
-                "was pushed? push again",
+                f"{self._origin}: {what}: the registry says that what it received is not {blob.digest.short()}, though it "
+                "was when it was sent; check what is between here and the registry, then push again",
                 expected=str(blob.digest),
                 subject=what,
             )
-        self._expect(response, (201,), f"upload of {what}")
-        _check_told_digest(response, blob.digest, what)
-        return UploadState.UPLOADED
+        self._expect(answer, http.HTTPStatus.CREATED, f"upload of {what}")
+        _check_told_digest(answer, blob.digest, f"{self._origin} {what}")
+        return PushState.UPLOADED
 
-    def _expect(self, response: requests.Response, statuses: tuple[int, ...], what: str) -> None:
-        status = response.status_code
-        if status in statuses:
-            return
-        said = ""
-        with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
-            first = response.json()["errors"][0]
-            said = f" ({first['code']}: {str(first.get('message', ''))[:200]})"
-        message = f"{self._origin}: {what}: the registry answered {status}{said}, expected {statuses[0]}"
-        if status == 404:
-            raise ModelNotFoundError(f"{message}; does the repository exist, and may it be pushed to?", status=status)
-        if status == 413:
+    def _has_blob(self, digest: Digest) -> bool:
+        """A registry that redirects to its object store has looked the blob up; asking there with HEAD may be refused."""
+        url = f"{self._oras.prefix}://{self._container.get_blob_url(str(digest))}"
+        answer = self._ask("HEAD", url)
+        if answer.status == http.HTTPStatus.TOO_MANY_REQUESTS or answer.status >= 500:
+            self._expect(answer, http.HTTPStatus.OK, f"blob {digest.short()}")
+        if answer.status in _REDIRECTS:
+            target = urljoin(url, answer.headers.get("Location", ""))
+            if urlsplit(target).path == urlsplit(url).path:
+                raise RegistryError(
+                    f"registry {self._registry}: redirects to {redact_url(target)}; push to that address instead",
+                    status=answer.status,
+                )
+            return True
+        return answer.status == http.HTTPStatus.OK
+
+    def _upload_address(self, start: str, location: str) -> str:
+        """Absolute. Raises: RegistryError for none, or one that must not be used."""
+        target = urljoin(start, location)
+        parts = _split(target)
+        if not location or parts is None:
             raise RegistryError(
-                f"{message}; a proxy in front limits the size of uploads: raise its limit", status=status
+                f"{self._origin}: the registry gave no usable address to upload to ({redact_url(target)})"
             )
-        if status == 429 or status >= 500:
-            raise RegistryUnavailableError(f"{message}; push again later: what was uploaded stays", status=status)
-        raise RegistryError(message, status=status)
+        if parts.scheme == "http" and self._oras.prefix == "https":
+            raise RegistryError(
+                f"{self._origin}: the registry wants the upload over plain HTTP ({redact_url(target)}); refused. Its "
+                "administrator must tell it that it is reached over https (external URL, X-Forwarded-Proto)"
+            )
+        return target
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def _ask(
+        self,
+        method: str,
+        url: str,
+        *,
+        data: HashedFile | bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        answer_timeout_s: float = _ANSWER_TIMEOUT_S,
+    ) -> _Answer:
+        """One request; after a challenge for a token, and only with a body that can be sent twice, a second one.
+
+        Raises: RegistryUnavailableError, RegistryAuthError (401).
+        """
+        answer = self._send(method, url, data, headers, answer_timeout_s)
+        if answer.status != http.HTTPStatus.UNAUTHORIZED:
+            return answer
+        if _same_origin(url, self._base) and not isinstance(data, HashedFile) and self._fetch_token(answer):
+            answer = self._send(method, url, data, headers, answer_timeout_s)
+            if answer.status != http.HTTPStatus.UNAUTHORIZED:
+                return answer
+        raise self._refused(answer)
+
+    def _send(
+        self,
+        method: str,
+        url: str,
+        data: HashedFile | bytes | None,
+        headers: Mapping[str, str] | None,
+        answer_timeout_s: float,
+    ) -> _Answer:
+        sent = {"Accept-Encoding": "identity", "User-Agent": "modelmount", **(headers or {})}
+        if _same_origin(url, self._base) and (authorization := self._authorization()):
+            sent["Authorization"] = authorization
+        # While a body is sent, urllib3 waits for the socket as long as for a connection.
+        stall_s = _ANSWER_TIMEOUT_S if data else _CONNECT_TIMEOUT_S
+        try:
+            response = self._oras.session.request(
+                method,
+                url,
+                data=data,
+                headers=sent,
+                stream=True,
+                timeout=(stall_s, answer_timeout_s),
+                allow_redirects=False,
+            )
+            try:
+                body = response.raw.read(_MAX_ANSWER_BYTES, decode_content=False) or b""
+            finally:
+                response.close()
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, UnicodeError) as exc:
+            raise self._unavailable(method, url, exc) from exc
+        return _Answer(response.status_code, response.headers, body)
+
+    def _authorization(self) -> str | None:
+        if self._token is not None:
+            return f"Bearer {self._token}"
+        if self._credentials is None:
+            return None
+        pair = f"{self._credentials.username}:{self._credentials.password}"
+        return "Basic " + base64.b64encode(pair.encode()).decode()
+
+    def _renew_old_token(self) -> None:
+        """Call it before a chain of requests that must not meet the end of a token."""
+        if time.monotonic() - self._token_at > _TOKEN_AGE_S:
+            self._token = None
+
+    def _fetch_token(self, answer: _Answer) -> bool:
+        """Exchange the credentials (or nothing) for a token as the challenge says. False without such a challenge."""
+        challenges = parse_challenges(answer.headers.get("WWW-Authenticate", ""))
+        parameters = next((challenge.parameters for challenge in challenges if challenge.scheme == "bearer"), None)
+        if parameters is None:
+            return False
+        realm = parameters.get("realm", "")
+        with_password = self._credentials is not None
+        check_realm(self._base, realm, with_password=with_password)
+        # Our own parse of the challenge: what was checked is what is asked.
+        wanted = oras.auth.utils.authHeader({**parameters, "realm": realm})
+        auth = self._oras.auth
+        try:
+            if self._credentials is not None:
+                auth.set_basic_auth(self._credentials.username, self._credentials.password)
+                token = auth.request_token(wanted)
+            else:
+                token = auth.request_anonymous_token(wanted)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, UnicodeError) as exc:
+            raise self._unavailable("GET", realm, exc) from exc
+        except (ValueError, AttributeError) as exc:  # not JSON, or not an object
+            raise RegistryError(
+                f"registry {self._registry}: its token service {redact_url(realm)} gave no usable answer"
+            ) from exc
+        if not isinstance(token, str) or not token:
+            hint = "check user name and password" if with_password else "give --username and --password-stdin"
+            raise RegistryAuthError(
+                f"registry {self._registry}: its token service {redact_url(realm)} gave no token; {hint}",
+                status=answer.status,
+            )
+        self._token, self._token_at = token, time.monotonic()
+        return True
+
+    # --- failures -------------------------------------------------------------------------------------------------
+
+    def _expect(self, answer: _Answer, status: int, what: str) -> None:
+        if answer.status == status:
+            return
+        if answer.status == http.HTTPStatus.FORBIDDEN:
+            raise self._refused(answer)
+        message = (
+            f"{self._origin}: {what}: the registry answered {answer.status}{_said(answer)}, expected {int(status)}"
+        )
+        if answer.status == http.HTTPStatus.NOT_FOUND:
+            raise ModelNotFoundError(
+                f"{message}; does the repository exist, and may it be pushed to?", status=answer.status
+            )
+        if answer.status == http.HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            raise RegistryError(
+                f"{message}; the registry, or a proxy in front of it, limits uploads: raise its limit, or use smaller shards",
+                status=answer.status,
+            )
+        if answer.status == http.HTTPStatus.TOO_MANY_REQUESTS or answer.status >= 500:
+            raise RegistryUnavailableError(
+                f"{message}; push again later, what is uploaded already is not sent again", status=answer.status
+            )
+        raise RegistryError(message, status=answer.status)
+
+    def _refused(self, answer: _Answer) -> RegistryAuthError:
+        challenges = parse_challenges(answer.headers.get("WWW-Authenticate", ""))
+        wants = f" (it wants {', '.join(challenge.scheme for challenge in challenges)[:80]})" if challenges else ""
+        hint = (
+            "check the password, and that the user may push to this repository"
+            if self._credentials is not None
+            else "give --username and --password-stdin"
+        )
+        return RegistryAuthError(
+            f"{self._origin}: the registry answered {answer.status}{_said(answer)}{wants}; {hint}", status=answer.status
+        )
+
+    def _unavailable(self, method: str, url: str, error: Exception) -> RegistryUnavailableError:
+        return RegistryUnavailableError(
+            f"registry {self._registry}: {method} {redact_url(url)} failed: {_reason(error)}; {_hint(error)}"
+        )
 
 
-def _check_told_digest(response: requests.Response, digest: Digest, what: str) -> None:
-    told = response.headers.get("Docker-Content-Digest")
-    if told and told != str(digest):
+def check_realm(base: str, realm: str, *, with_password: bool) -> None:
+    """Whether the token service at `realm`, named by the registry at `base` (`scheme://host[:port]`), may be asked.
+
+    Without a password: any https address, or the registry's own host. With one: the registry's own host, a host below
+    it, or one beside it in the same domain (`auth.example.com` for `registry.example.com`). The registry gets the
+    password anyway; the rule keeps a challenge from handing it to strangers. Over plain http only where the registry
+    itself is spoken to that way, and only on its host.
+
+    Raises: RegistryAuthError.
+    """
+    registry, service = _split(base), _split(realm)
+    if registry is None or service is None:
+        raise RegistryAuthError(f"registry {base}: names a malformed token service {redact_url(realm)!r}")
+    ours, theirs = registry.hostname or "", service.hostname or ""
+    if service.scheme == "http" and (registry.scheme != "http" or ours != theirs):
+        raise RegistryAuthError(
+            f"registry {registry.netloc}: its token service {redact_url(realm)} is not reached over https; refused"
+        )
+    if ours == theirs or not with_password or theirs.endswith(f".{ours}") or _in_domain_of(theirs, ours):
+        return
+    raise RegistryAuthError(
+        f"registry {registry.netloc}: its token service {redact_url(realm)} belongs to another domain; passwords are not "
+        "sent there. Push with a registry address in that domain, or ask the registry's administrator"
+    )
+
+
+def _in_domain_of(host: str, registry: str) -> bool:
+    """Under the registry's parent domain, unless that looks like a public suffix (`co.uk`)."""
+    try:
+        ipaddress.ip_address(registry)
+        return False
+    except ValueError:
+        pass
+    parent = registry.partition(".")[2]
+    labels = parent.split(".")
+    if len(labels) < 2 or (len(labels) == 2 and len(labels[0]) <= 3 and len(labels[1]) == 2):
+        return False
+    return host == parent or host.endswith(f".{parent}")
+
+
+def _split(url: str) -> Any:
+    """The parts of an absolute http or https URL without user info, None for anything else."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts if parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc else None
+
+
+def _same_origin(url: str, base: str) -> bool:
+    """The same scheme, host and port: where credentials may go."""
+    here, there = _split(url), _split(base)
+    if here is None or there is None:
+        return False
+    default = 443 if here.scheme == "https" else 80
+    return (here.scheme, here.hostname, here.port or default) == (there.scheme, there.hostname, there.port or default)
+
+
+def _said(answer: _Answer) -> str:
+    """` (CODE: message)` of the registry's first error, cut."""
+    with contextlib.suppress(ValueError, KeyError, IndexError, TypeError, RecursionError):
+        first = json.loads(answer.body)["errors"][0]
+        text = f"{first['code']}: {first.get('message', '')}"[:200]
+        return " (" + "".join(c if c.isprintable() else "?" for c in text) + ")"
+    return ""
+
+
+def _check_told_digest(answer: _Answer, digest: Digest, what: str) -> None:
+    told = answer.headers.get("Docker-Content-Digest", "")
+    if told and told != str(digest) and told.startswith(f"{digest.algorithm}:"):
         raise DigestMismatchError(
-            f"{what}: the registry stored {told[:80]}, expected {digest}",
+            f"{what}: the registry stored {told[:80]}, expected {digest}; check the registry, then push again",
             expected=str(digest),
-            actual=told,
+            actual=told[:200],
             subject=what,
         )
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost plain reason: `requests` and `urllib3` wrap it several times."""
+    found = type(error).__name__
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, requests.exceptions.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
+            return "no answer in time"
+        if isinstance(seen, ssl.SSLError):
+            return str(getattr(seen, "verify_message", "") or seen.reason or seen)
+        if isinstance(seen, OSError) and seen.strerror:
+            found = seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    return found
+
+
+def _hint(error: Exception) -> str:
+    if isinstance(error, requests.exceptions.SSLError):
+        return "check its certificate and this machine's CAs; a registry without TLS needs --plain-http"
+    if isinstance(error, requests.exceptions.Timeout):
+        return "push again, what is uploaded already is not sent again"
+    return "is the address right, and the registry running?"

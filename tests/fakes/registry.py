@@ -1,0 +1,221 @@
+"""An OCI registry in this process that misbehaves on order. Content in memory, faults as data, every request logged.
+
+It speaks enough of the distribution-spec for pulls: manifests by tag and digest, blobs with single closed ranges.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One request as it arrived."""
+
+    path: str
+    range: str | None
+    authorization: str | None
+
+
+@dataclass(slots=True)
+class Fault:
+    """What goes wrong with the next `times` requests whose path contains `match`. Unset fields do nothing."""
+
+    match: str
+    times: int = 1
+    after: int = 0
+    status: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+    cut_at: int | None = None
+    flip_at: int | None = None
+    stall_s: float = 0.0
+    ignore_range: bool = False
+    partial_as_200: bool = False
+    content_range: str | None = None
+    gzip: bool = False
+    redirect: str | None = None
+
+
+class FakeRegistry:
+    """Use as a context manager. `host` is `127.0.0.1:port`."""
+
+    def __init__(self, username: str | None = None, password: str | None = None) -> None:
+        self.blobs: dict[str, bytes] = {}
+        self.blob_readers: dict[str, tuple[int, Callable[[int, int], bytes]]] = {}
+        """Blobs too large for memory: size, and a function of offset and length."""
+        self.manifests: dict[str, tuple[str, bytes]] = {}
+        self.faults: list[Fault] = []
+        self.seen: list[Seen] = []
+        self.digest_header: str | None = None
+        self._expected = None
+        if username is not None:
+            self._expected = "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
+        self._lock = threading.Lock()
+        registry = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                registry._answer(self)
+
+            def do_HEAD(self) -> None:
+                registry._answer(self)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                return
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                return  # clients that go away are part of many tests
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.host = f"127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    def __enter__(self) -> FakeRegistry:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def add_blob(self, content: bytes) -> str:
+        """Its digest."""
+        digest = "sha256:" + hashlib.sha256(content).hexdigest()
+        self.blobs[digest] = content
+        return digest
+
+    def add_manifest(self, repository: str, tag: str, content: bytes, media_type: str = MANIFEST_TYPE) -> str:
+        """Under its tag and its digest, which is returned."""
+        digest = "sha256:" + hashlib.sha256(content).hexdigest()
+        for name in (tag, digest):
+            self.manifests[f"/v2/{repository}/manifests/{name}"] = (media_type, content)
+        return digest
+
+    def add_model(self, repository: str, tag: str, files: dict[str, bytes]) -> str:
+        """A ModelPack artifact of raw layers, written out by hand so that it does not depend on our packer."""
+        layers = [
+            {
+                "mediaType": "application/vnd.cncf.model.weight.v1.raw",
+                "digest": self.add_blob(content),
+                "size": len(content),
+                "annotations": {"org.cncf.model.filepath": path},
+            }
+            for path, content in files.items()
+        ]
+        return self.add_manifest(repository, tag, model_manifest(layers, self.add_blob(b"{}")))
+
+    def requests(self, part: str) -> list[Seen]:
+        """Those whose path contains `part`."""
+        with self._lock:
+            return [seen for seen in self.seen if part in seen.path]
+
+    def _answer(self, request: BaseHTTPRequestHandler) -> None:
+        seen = Seen(request.path, request.headers.get("Range"), request.headers.get("Authorization"))
+        with self._lock:
+            self.seen.append(seen)
+            fault = self._fault_for(request.path)
+        if fault.stall_s:
+            time.sleep(fault.stall_s)
+        if fault.redirect is not None:
+            return self._send(request, 307, {"Location": fault.redirect}, b"", fault)
+        if fault.status is not None:
+            return self._send(request, fault.status, fault.headers, fault.body or b"", fault)
+        if self._expected is not None and seen.authorization != self._expected:
+            return self._send(request, 401, {"WWW-Authenticate": 'Basic realm="fake"'}, b"", fault)
+        path = request.path.partition("?")[0]
+        if path in self.manifests:
+            media_type, content = self.manifests[path]
+            digest = self.digest_header or "sha256:" + hashlib.sha256(content).hexdigest()
+            headers = {"Content-Type": media_type, "Docker-Content-Digest": digest}
+            return self._send(request, 200, headers | fault.headers, fault.body or content, fault)
+        digest = path.rpartition("/blobs/")[2]
+        if digest in self.blobs:
+            content = self.blobs[digest]
+            return self._send_blob(request, len(content), lambda o, n: content[o : o + n], seen.range, fault)
+        if digest in self.blob_readers:
+            return self._send_blob(request, *self.blob_readers[digest], seen.range, fault)
+        error = {"errors": [{"code": "NAME_UNKNOWN", "message": "repository or content unknown"}]}
+        return self._send(request, 404, {}, json.dumps(error).encode(), fault)
+
+    def _send_blob(
+        self,
+        request: BaseHTTPRequestHandler,
+        size: int,
+        read: Callable[[int, int], bytes],
+        wanted: str | None,
+        fault: Fault,
+    ) -> None:
+        if wanted is None or fault.ignore_range:
+            return self._send(request, 200, fault.headers, read(0, size), fault)
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        start, end = int(first), min(int(last), size - 1)
+        body = read(start, end - start + 1)
+        if fault.partial_as_200:
+            return self._send(request, 200, fault.headers, body, fault)
+        content_range = fault.content_range or f"bytes {start}-{end}/{size}"
+        return self._send(request, 206, {"Content-Range": content_range} | fault.headers, body, fault)
+
+    def _send(
+        self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], body: bytes, fault: Fault
+    ) -> None:
+        if fault.gzip:
+            body, headers = gzip.compress(body), headers | {"Content-Encoding": "gzip"}
+        if fault.flip_at is not None and fault.flip_at < len(body):
+            body = body[: fault.flip_at] + bytes([body[fault.flip_at] ^ 1]) + body[fault.flip_at + 1 :]
+        request.send_response(status)
+        for name, value in headers.items():
+            request.send_header(name, value)
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        if request.command == "HEAD":
+            return
+        if fault.cut_at is not None:
+            request.wfile.write(body[: fault.cut_at])
+            request.wfile.flush()
+            request.connection.shutdown(socket.SHUT_RDWR)
+            request.close_connection = True
+            return
+        request.wfile.write(body)
+
+    def _fault_for(self, path: str) -> Fault:
+        for fault in self.faults:
+            if fault.match in path and fault.times > 0:
+                if fault.after > 0:
+                    fault.after -= 1
+                    continue
+                fault.times -= 1
+                return fault
+        return Fault(match="")
+
+
+def model_manifest(layers: list[dict[str, Any]], config_digest: str, **extra: Any) -> bytes:
+    """A ModelPack manifest with these layers."""
+    return json.dumps(
+        {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST_TYPE,
+            "artifactType": "application/vnd.cncf.model.manifest.v1+json",
+            "config": {"mediaType": "application/vnd.cncf.model.config.v1+json", "digest": config_digest, "size": 2},
+            "layers": layers,
+            **extra,
+        }
+    ).encode()
