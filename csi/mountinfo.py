@@ -29,7 +29,7 @@ class MountEntry:
 def parse(data: bytes) -> list[MountEntry]:
     """In file order, so a later entry at the same mount point lies on top of an earlier one."""
     entries = []
-    for line in data.splitlines():
+    for line in data.split(b"\n"):  # not splitlines: a path may hold \r
         fields = line.split(b" ")
         try:
             dash = fields.index(b"-", 6)

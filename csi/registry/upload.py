@@ -58,6 +58,8 @@ _COMMIT_BYTES_PER_S = 32 * 1024 * 1024
 _MAX_ANSWER_BYTES = 64 * 1024
 # Tokens live at least 60 s; a large PUT must begin with a fresh one, as its body cannot be sent twice.
 _TOKEN_AGE_S = 30.0
+# What requests raises, and what escapes it: urllib3's own while a body is read, ValueError for a malformed redirect.
+_NO_ANSWER = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -175,8 +177,8 @@ class ModelUploader:
         if answer.status == http.HTTPStatus.TOO_MANY_REQUESTS or answer.status >= 500:
             self._expect(answer, http.HTTPStatus.OK, f"blob {digest.short()}")
         if answer.status in _REDIRECTS:
-            target = urljoin(url, answer.headers.get("Location", ""))
-            if urlsplit(target).path == urlsplit(url).path:
+            target = _join(url, answer.headers.get("Location", ""))
+            if target and urlsplit(target).path == urlsplit(url).path:
                 raise RegistryError(
                     f"registry {self._registry}: redirects to {redact_url(target)}; push to that address instead",
                     status=answer.status,
@@ -186,7 +188,7 @@ class ModelUploader:
 
     def _upload_address(self, start: str, location: str) -> str:
         """Absolute. Raises: RegistryError for none, or one that must not be used."""
-        target = urljoin(start, location)
+        target = _join(start, location)
         parts = _split(target)
         if not location or parts is None:
             raise RegistryError(
@@ -250,7 +252,7 @@ class ModelUploader:
                 body = response.raw.read(_MAX_ANSWER_BYTES, decode_content=False) or b""
             finally:
                 response.close()
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, UnicodeError) as exc:
+        except _NO_ANSWER as exc:
             raise self._unavailable(method, url, exc) from exc
         return _Answer(response.status_code, response.headers, body)
 
@@ -285,13 +287,13 @@ class ModelUploader:
                 token = auth.request_token(wanted)
             else:
                 token = auth.request_anonymous_token(wanted)
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, UnicodeError) as exc:
-            raise self._unavailable("GET", realm, exc) from exc
-        except (ValueError, AttributeError) as exc:  # not JSON, or not an object
+        except (requests.JSONDecodeError, AttributeError) as exc:  # not JSON, or not an object
             raise RegistryError(
-                f"registry {self._registry}: its token service {redact_url(realm)} gave no usable answer"
+                f"registry {self._registry}: its token service {redact_url(realm)} gave no usable answer; is that its address?"
             ) from exc
-        if not isinstance(token, str) or not token:
+        except _NO_ANSWER as exc:
+            raise self._unavailable("GET", realm, exc) from exc
+        if not isinstance(token, str) or not token or not (token.isascii() and token.isprintable()):
             hint = "check user name and password" if with_password else "give --username and --password-stdin"
             raise RegistryAuthError(
                 f"registry {self._registry}: its token service {redact_url(realm)} gave no token; {hint}",
@@ -383,6 +385,14 @@ def _in_domain_of(host: str, registry: str) -> bool:
     return host == parent or host.endswith(f".{parent}")
 
 
+def _join(base: str, location: str) -> str:
+    """The absolute form of a Location header; empty for a malformed one."""
+    try:
+        return urljoin(base, location)
+    except ValueError:
+        return ""
+
+
 def _split(url: str) -> Any:
     """The parts of an absolute http or https URL without user info, None for anything else."""
     try:
@@ -427,7 +437,7 @@ def _reason(error: BaseException) -> str:
     found = type(error).__name__
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, requests.exceptions.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
+        if isinstance(seen, requests.exceptions.Timeout | TimeoutError):
             return "no answer in time"
         if isinstance(seen, ssl.SSLError):
             return str(getattr(seen, "verify_message", "") or seen.reason or seen)

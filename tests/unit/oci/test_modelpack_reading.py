@@ -88,7 +88,7 @@ def test_something_else_is_refused_with_what_was_seen_and_what_is_accepted() -> 
         ({"filepath": "./sub/dir/a"}, "sub/dir/a"),
     ],
 )
-def test_the_name_comes_from_the_first_source_that_has_one(annotations: dict[str, str], path: str) -> None:
+def test_the_name_comes_from_the_first_source_that_has_one(annotations: dict[str, Any], path: str) -> None:
     assert [file.path for file in files_of(model(layer(**annotations)))] == [path]
 
 

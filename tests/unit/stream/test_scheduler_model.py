@@ -1,0 +1,102 @@
+"""The scheduler against a plain model: every wanted block comes, once at a time, the urgent ones first."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from csi.stream import blocks
+from csi.stream.scheduler import Job, Priority, Scheduler, background_order
+
+COUNTS = [1, 20, 3, 0]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """`present`, `flying` and `demanded` are the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.present: set[tuple[int, int]] = set()
+        self.flying: dict[tuple[int, int], Job] = {}
+        self.demanded: set[tuple[int, int]] = set()
+        self.scheduler = Scheduler(
+            [count * blocks.BLOCK_BYTES for count in COUNTS], lambda blob, block: (blob, block) in self.present
+        )
+
+    @rule(
+        blob=st.integers(0, len(COUNTS) - 1),
+        first=st.integers(0, 22),
+        count=st.integers(1, 5),
+        priority=st.sampled_from([Priority.DEMAND, Priority.AHEAD]),
+    )
+    def want(self, blob: int, first: int, count: int, priority: Priority) -> None:
+        self.scheduler.want(blob, first, count, priority)
+        if priority is Priority.DEMAND:
+            asked = {(blob, block) for block in range(first, min(first + count, COUNTS[blob]))}
+            self.demanded |= asked - self.present
+
+    @rule(least=st.sampled_from(list(Priority)))
+    def take(self, least: Priority) -> None:
+        job = self.scheduler.next_job(least)
+        waiting = {key for key in self.demanded if key not in self.flying}
+        if job is None:
+            assert not waiting, "a demanded block is never left lying"
+            return
+        assert job.priority <= least
+        assert 1 <= job.count <= 2
+        keys = list(job.blocks())
+        assert not set(keys) & (self.present | set(self.flying)), "single flight"
+        if waiting:
+            assert keys[0] in waiting, "demand first"
+        assert len({blocks.segment_of(block)[0] for _, block in keys}) == 1
+        self.flying.update(dict.fromkeys(keys, job))
+
+    @rule(data=st.data())
+    def arrive(self, data: st.DataObject) -> None:
+        if not self.flying:
+            return
+        key = data.draw(st.sampled_from(sorted(self.flying)))
+        del self.flying[key]
+        self.present.add(key)
+        self.demanded.discard(key)
+        self.scheduler.done(*key)
+
+    @rule(data=st.data(), again=st.booleans())
+    def fail(self, data: st.DataObject, again: bool) -> None:
+        if not self.flying:
+            return
+        job = self.flying[data.draw(st.sampled_from(sorted(self.flying)))]
+        for key in job.blocks():
+            if self.flying.pop(key, None) is not None and not again:
+                self.demanded.discard(key)
+        self.scheduler.failed(job, again=again)
+
+    @invariant()
+    def nothing_is_demanded_and_present(self) -> None:
+        assert not self.demanded & self.present
+
+    def teardown(self) -> None:
+        """Left alone, the background fill completes the model."""
+        for key in list(self.flying):
+            self.present.add(key)
+            self.scheduler.done(*key)
+        while job := self.scheduler.next_job(Priority.BACKGROUND):
+            for key in job.blocks():
+                self.present.add(key)
+                self.scheduler.done(*key)
+        assert len(self.present) == sum(COUNTS)
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_small_files_are_filled_before_large_ones() -> None:
+    mib = 1024 * 1024
+    assert background_order([5000 * mib, 1, 8 * mib, 9 * mib]) == [1, 2, 0, 3]
+
+
+def test_without_fill_nothing_is_fetched_unasked() -> None:
+    scheduler = Scheduler([100 * blocks.BLOCK_BYTES], lambda blob, block: False, fill=False)
+    assert scheduler.next_job(Priority.BACKGROUND) is None

@@ -1,0 +1,56 @@
+"""Attributes that pod authors write, and the key of the mount that serves them."""
+
+from __future__ import annotations
+
+import pytest
+
+from csi.errors import InvalidVolumeError
+from csi.oci.digest import Digest
+from csi.oci.reference import Reference
+from csi.volume import Verify, mount_key, parse_attributes
+
+DIGEST = Digest.of(b"x")
+
+
+@pytest.mark.parametrize("key", ["reference", "model.csi.modelpack.org/reference", "modelRef", "image"])
+def test_other_drivers_names_of_the_reference_are_accepted(key: str) -> None:
+    assert str(parse_attributes({key: "oci://r.io/a/b:1"}).reference) == "r.io/a/b:1"
+
+
+def test_what_kubernetes_adds_is_ignored() -> None:
+    parsed = parse_attributes(
+        {"reference": "r.io/a:1", "csi.storage.k8s.io/pod.name": "p", "storage.kubernetes.io/x": "y"}
+    )
+    assert parsed.reference.tag == "1"
+
+
+@pytest.mark.parametrize(
+    ("attributes", "field"),
+    [
+        ({}, "reference"),
+        ({"reference": "r.io/a:1", "Reference": "x"}, "Reference"),
+        ({"reference": "r.io/a:1", "image": "r.io/b:1"}, "image"),
+        ({"reference": "r.io/a:1", "verify": "WHOLE"}, "verify"),
+        ({"reference": "r.io/a:1", "prefetch": ""}, "prefetch"),
+        ({"reference": "r.io/a:1", "cacheDir": "/etc"}, "cacheDir"),
+    ],
+)
+def test_a_bad_attribute_is_named(attributes: dict[str, str], field: str) -> None:
+    with pytest.raises(InvalidVolumeError) as caught:
+        parse_attributes(attributes)
+    assert caught.value.fields["field"] == field
+
+
+def test_equal_promises_share_a_mount_and_others_do_not() -> None:
+    here, elsewhere = Reference.parse("r.io/a:1"), Reference.parse("evil.io/a:1")
+    key = mount_key(here, DIGEST, Verify.WHOLE)
+    assert key.mount_id == mount_key(Reference.parse("r.io/a:other"), DIGEST, Verify.WHOLE).mount_id
+    assert key.mount_id != mount_key(elsewhere, DIGEST, Verify.WHOLE).mount_id
+    assert key.mount_id != mount_key(here, Digest.of(b"y"), Verify.WHOLE).mount_id
+    assert len(key.mount_id) == 32
+
+
+def test_the_mount_id_of_a_key_never_changes() -> None:
+    """It names cache areas on disk: another value would orphan every cache."""
+    key = mount_key(Reference.parse("r.io/a:1"), Digest("sha256", "0" * 64), Verify.WHOLE)
+    assert key.mount_id == "7977187f8d588420c51affb2abb392cb"
