@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -39,7 +40,8 @@ class LayoutWriter:
         self._origin = reference.origin
         with self._errors():
             os.makedirs(self._directory, exist_ok=True)
-            self._check_or_start_layout()
+            with self._locked():
+                self._check_or_start_layout()
             os.makedirs(self._path("blobs", "sha256"), exist_ok=True)
 
     def put_file(self, blob: Descriptor, path: str, on_progress: OnProgress) -> PushState:
@@ -143,9 +145,9 @@ class LayoutWriter:
 
 def _write_whole(path: str, fill: Callable[[BinaryIO], object]) -> None:
     """Beside the target first, on disk before it gets its name, and gone when `fill` fails."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())

