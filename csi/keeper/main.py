@@ -27,6 +27,7 @@ from csi.keeper.targets import Targets
 
 log = logging.getLogger(__name__)
 
+_RESEND_SINCE = (6, 9)
 _MOUNT_ID = re.compile(r"[0-9a-f]{16,64}")
 _IDLE_CLIENT_TIMEOUT_S = 10.0
 
@@ -112,6 +113,12 @@ class Keeper:
             raise MountError(f"mount {mount_id}: mount point not removed: {exc.strerror}", errno=exc.errno) from exc
 
 
+def kernel_version(release: str) -> tuple[int, int]:
+    """`6.1.0-23-amd64` → (6, 1); (0, 0) for anything else."""
+    match = re.match(r"(\d{1,4})\.(\d{1,4})", release)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
 def _mounted(superblock: Superblock) -> bool:
     entries = mountinfo.at(mountinfo.read(), superblock.mount_point)
     return bool(entries) and entries[-1].device == superblock.device
@@ -159,6 +166,12 @@ def serve(settings: KeeperSettings) -> None:
     selector.register(listener, selectors.EVENT_READ)
     selector.register(stop_read, selectors.EVENT_READ)
     log.info("keeper serves at %s", path)
+    if kernel_version(platform.release()) < _RESEND_SINCE:
+        log.warning(
+            "Linux %s has no FUSE_NOTIFY_RESEND (6.9): planned upgrades of workers lose nothing, but requests a worker "
+            "holds when it crashes stay unanswered until their mount is unpublished",
+            platform.release(),
+        )
     try:
         while True:
             for key, _ in selector.select():

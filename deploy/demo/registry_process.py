@@ -36,9 +36,11 @@ def find_or_install_registry(tools_dir: Path) -> Path:
             "docker-registry is not installed and this is not Debian or Ubuntu; install it, or name it in MODELMOUNT_REGISTRY"
         )
     with tempfile.TemporaryDirectory(dir=_made(tools_dir)) as scratch:
-        fetched = subprocess.run(
-            ["apt-get", "download", "docker-registry"], cwd=scratch, capture_output=True, text=True
-        )
+        command = ["apt-get", "download", "docker-registry"]
+        fetched = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+        if fetched.returncode and os.geteuid() == 0:  # a new machine knows no packages yet
+            subprocess.run(["apt-get", "update", "-qq"], capture_output=True)
+            fetched = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
         packages = list(Path(scratch).glob("docker-registry_*.deb"))
         if fetched.returncode or not packages:
             raise RegistryUnavailableHereError(

@@ -8,6 +8,7 @@ second would find it done. Nothing fails on a time; goals are shown as met or no
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -23,8 +24,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "deploy" / "demo")]
 
-from registry_process import RegistryProcess, find_or_install_registry
-from support.node_process import COMMAND, NodeProcess, children_of
+from registry_process import RegistryProcess, find_or_install_registry  # noqa: E402
+from support.node_process import COMMAND, NodeProcess, children_of  # noqa: E402
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _CURLS = 4
@@ -149,11 +150,11 @@ def measure(directory: Path, tools: Path, size: int, rounds: int) -> list[Row]:
                 with open(weights, "rb", buffering=0) as file:
                     file.read(_MIB)
                 first_bytes.append(time.monotonic() - started)
-                cold.append(timed(lambda weights=weights: cat(weights)) + first_bytes[-1])
+                cold.append(timed(functools.partial(cat, weights)) + first_bytes[-1])
                 drop_from_page_cache(weights)
-                warm.append(timed(lambda weights=weights: cat(weights)))
+                warm.append(timed(functools.partial(cat, weights)))
                 segments = sorted((node.data_dir / "cache").rglob("seg-*"))
-                plain.append(timed(lambda segments=segments: cat(*segments)))
+                plain.append(timed(functools.partial(cat, *segments)))
                 sizes = {
                     f"{role_of(pid)} {position}": resident_kib(pid)
                     for position, pid in enumerate(sorted({node.pid} | children_of(node.pid)))

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,7 @@ def small_model(fake_registry: FakeRegistry) -> tuple[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def gib_model(docker_registry: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def gib_model(docker_registry: object, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A model of 1 GiB in a real registry: its reference and the sha256 of its file."""
     source = tmp_path_factory.mktemp("gib")
     path = source / "model.safetensors"
@@ -52,7 +51,7 @@ def gib_model(docker_registry: object, tmp_path_factory: pytest.TempPathFactory)
     push = [*COMMAND, "push", str(source), f"{docker_registry.host}/team/gib:v1"]  # type: ignore[attr-defined]
     reference = subprocess.run(push, check=True, capture_output=True, text=True).stdout.strip()
     path.unlink()
-    yield reference, digest
+    return reference, digest
 
 
 @pytest.mark.registry

@@ -26,7 +26,7 @@ def test_this_machine_can_be_read() -> None:
     assert any(entry.mount_point == "/" for entry in mountinfo.read())
 
 
-@given(st.text(alphabet=st.characters(blacklist_characters="\0\n", blacklist_categories=("Cs",)), min_size=1))
+@given(st.text(alphabet=st.characters(exclude_characters="\0\n", exclude_categories=["Cs"]), min_size=1))
 def test_any_path_survives_the_kernels_escaping(path: str) -> None:
     escaped = b"".join(b"\\%03o" % byte if byte in b" \t\\" else bytes([byte]) for byte in path.encode())
     (entry,) = mountinfo.parse(b"1 0 0:1 / /" + escaped + b" rw - tmpfs a rw")

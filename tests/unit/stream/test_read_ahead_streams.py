@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +21,7 @@ def test_a_sequential_reader_gets_the_file_ahead_once_each_byte() -> None:
         if (wanted := read_ahead.observe(offset, MIB, missed=offset % (32 * MIB) == 0)) is not None:
             assert wanted.start >= offset + MIB
             asked.append(wanted)
-    assert all(a.stop <= b.start for a, b in zip(asked, asked[1:], strict=False))
+    assert all(a.stop <= b.start for a, b in pairwise(asked))
     assert asked[-1].stop == size
     assert len(asked) < 60, "a message per window, not per read"
 

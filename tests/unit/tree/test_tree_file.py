@@ -38,10 +38,11 @@ def test_every_file_is_found_by_walking_and_by_looking_up(found: list[str]) -> N
     for number, path in enumerate(found):
         inode = 1
         for name in path.encode().split(b"/"):
-            entry = tree.lookup(inode, name)
-            assert entry is not None
-            assert entry.parent == inode
-            inode = entry.inode
+            found_entry = tree.lookup(inode, name)
+            assert found_entry is not None
+            assert found_entry.parent == inode
+            inode = found_entry.inode
+        entry = tree.entry(inode)
         assert (entry.kind, entry.blob_offset, entry.size_bytes) == (EntryKind.FILE, number, number + 1)
         assert tree.path(inode) == path
         assert tree.lookup(inode, b"a") is None, "a file has no children"

@@ -34,7 +34,9 @@ def _facts(file: FileDescriptor) -> Iterator[str]:
             streams = ("stream " if method.server_streaming else "") + method.output_type.full_name
             yield f"rpc {method.full_name} {method.input_type.full_name} -> {streams}{_options(method)}"
     for extension in file.extensions_by_name.values():
-        yield f"extension {extension.containing_type.full_name} {extension.number} {extension.name} {_type(extension)}"
+        extended = extension.containing_type
+        assert extended is not None
+        yield f"extension {extended.full_name} {extension.number} {extension.name} {_type(extension)}"
 
 
 def _message(message: Descriptor) -> Iterator[str]:
@@ -100,14 +102,8 @@ def test_every_secret_is_marked() -> None:
         for line in describe(csi_pb2.DESCRIPTOR)
         if "[csi_secret]" in line
     }
-    assert marked == {
-        name
-        for name in (
-            f"{message.name}.secrets"
-            for message in csi_pb2.DESCRIPTOR.message_types_by_name.values()
-            if "secrets" in message.fields_by_name
-        )
-    }
+    messages = csi_pb2.DESCRIPTOR.message_types_by_name.values()
+    assert marked == {f"{message.name}.secrets" for message in messages if "secrets" in message.fields_by_name}
     assert "NodePublishVolumeRequest.secrets" in marked
     assert len(marked) >= 18
 
