@@ -61,8 +61,7 @@ def run_mount(args: argparse.Namespace) -> int:
     reference = Reference.parse(args.reference)
     target_path = _target(args.directory)
     os.makedirs(os.path.dirname(target_path), exist_ok=True)
-    if reference.is_layout:
-        args.layout_root = [*args.layout_root, reference.layout_dir]
+    args.layout_root = ["/"]  # references are typed by root here, not by a tenant
     _start_background(args)
     publisher = open_publisher(args.state_dir, args.data_dir)
     request = PublishRequest(
