@@ -47,16 +47,17 @@ def generate(output: Path) -> set[str]:
 
 
 def stale_files() -> list[str]:
-    """Names in csi/wire that are missing, left over, or not what protoc makes today."""
+    """One line for each stub in csi/wire that is missing, stale (not what protoc makes today) or left over."""
+    found = []
     with tempfile.TemporaryDirectory() as scratch:
         made = generate(Path(scratch))
-        fresh = Path(scratch) / "csi" / "wire"
-        wrong = [
-            name
-            for name in made
-            if not (PACKAGE_DIR / name).exists() or not filecmp.cmp(fresh / name, PACKAGE_DIR / name, shallow=False)
-        ]
-    return sorted(wrong + [path.name for path in PACKAGE_DIR.glob("*_pb2*") if path.name not in made])
+        for name in made:
+            if not (PACKAGE_DIR / name).exists():
+                found.append(f"csi/wire/{name} is missing")
+            elif not filecmp.cmp(Path(scratch) / "csi" / "wire" / name, PACKAGE_DIR / name, shallow=False):
+                found.append(f"csi/wire/{name} is stale")
+    left_over = [path.name for path in PACKAGE_DIR.glob("*_pb2*") if path.name not in made]
+    return sorted(found + [f"csi/wire/{name} is left over: no proto makes it" for name in left_over])
 
 
 def main() -> int:
@@ -65,8 +66,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail when a stub is stale")
     if parser.parse_args().check:
         stale = stale_files()
-        for name in stale:
-            print(f"csi/wire/{name} is stale, missing or left over; run 'make proto'", file=sys.stderr)
+        for problem in stale:
+            print(f"{problem}; run 'make proto'", file=sys.stderr)
         return 1 if stale else 0
     made = generate(ROOT)
     for path in PACKAGE_DIR.glob("*_pb2*"):

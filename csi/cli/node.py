@@ -30,6 +30,15 @@ def add_parser(subparsers: Any) -> None:
         help="this node's name in the cluster (default: MODELMOUNT_NODE_ID, else the host name)",
     )
     parser.add_argument("--state-dir", default="/run/modelmount", help="sockets and records (default %(default)s)")
+    parser.add_argument(
+        "--registration-dir",
+        metavar="DIR",
+        help="register with kubelet through its plugins_registry directory, such as /var/lib/kubelet/plugins_registry "
+        "(default: leave that to a node-driver-registrar sidecar)",
+    )
+    parser.add_argument(
+        "--kubelet-endpoint", metavar="PATH", help="the CSI socket as kubelet sees it, where that is another path"
+    )
     parser.add_argument("--all-in-one", action="store_true", help="run keeper and supervisor as children")
     parser.add_argument(
         "--target-root", action="append", metavar="DIR", help="with --all-in-one: see 'modelmount keeper --help'"
@@ -61,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
                 state_dir=args.state_dir,
                 data_dir=args.data_dir,
                 version=version("modelmount"),
+                registration_dir=args.registration_dir,
+                kubelet_endpoint=args.kubelet_endpoint,
             )
         )
     )

@@ -117,6 +117,8 @@ def run_tree(args: argparse.Namespace) -> int:
                 f"--data-dir={args.data_dir}",
                 f"--endpoint={args.endpoint}",
                 f"--node-id={args.node_id}",
+                *([f"--registration-dir={args.registration_dir}"] if args.registration_dir else []),
+                *([f"--kubelet-endpoint={args.kubelet_endpoint}"] if args.kubelet_endpoint else []),
                 f"--log-level={args.log_level}",
             ],
             lambda: None,

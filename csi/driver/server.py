@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 from dataclasses import dataclass
 
 import grpc
@@ -19,40 +18,31 @@ from csi.driver.identity import IdentityService
 from csi.driver.node import NodeService
 from csi.driver.publisher import Publisher
 from csi.driver.records import Pins, Publications
-from csi.errors import ControlError, InvalidVolumeError
+from csi.driver.registration import Registration
+from csi.driver.sockets import clear_socket, endpoint_path
+from csi.errors import ControlError
 from csi.wire import csi_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-_SUN_PATH_MAX = 107
 _STOP_GRACE_S = 1.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeSettings:
-    """`endpoint` is `unix:///path.sock`; the other directories are those of keeper and supervisor."""
+    """`endpoint` is `unix:///path.sock`; the other directories are those of keeper and supervisor.
+
+    `registration_dir` is kubelet's plugins_registry, None to leave registration to a sidecar; `kubelet_endpoint` is the
+    CSI socket's path as kubelet sees it, None when that is ours.
+    """
 
     endpoint: str
     node_id: str
     state_dir: str
     data_dir: str
     version: str
-
-
-def socket_path(endpoint: str) -> str:
-    """The path of a `unix:` endpoint. Raises: InvalidVolumeError for any other, or one too long for a socket."""
-    path = endpoint.removeprefix("unix://") if endpoint.startswith("unix://") else endpoint.removeprefix("unix:")
-    if endpoint == path or not path.startswith("/"):
-        raise InvalidVolumeError(
-            f"CSI endpoint {endpoint!r}: expected unix:///absolute/path.sock (CSI_ENDPOINT or --endpoint)",
-            field="endpoint",
-        )
-    if len(os.fsencode(path)) > _SUN_PATH_MAX:
-        raise InvalidVolumeError(
-            f"CSI endpoint {path!r} has {len(os.fsencode(path))} bytes; a socket path has at most {_SUN_PATH_MAX}",
-            field="endpoint",
-        )
-    return path
+    registration_dir: str | None = None
+    kubelet_endpoint: str | None = None
 
 
 def open_publisher(state_dir: str, data_dir: str) -> Publisher:
@@ -69,8 +59,8 @@ def open_publisher(state_dir: str, data_dir: str) -> Publisher:
 
 async def serve(settings: NodeSettings) -> None:
     """Serve until SIGTERM or SIGINT. Publications stay."""
-    path = socket_path(settings.endpoint)
-    _clear_socket(path)
+    path = endpoint_path(settings.endpoint)
+    clear_socket(path)
     publisher = open_publisher(settings.state_dir, settings.data_dir)
     recovered = asyncio.Event()
     server = grpc.aio.server()
@@ -83,6 +73,10 @@ async def serve(settings: NodeSettings) -> None:
     finally:
         os.umask(old_umask)
     log.info("CSI node service at %s", path)
+    registration = None
+    if settings.registration_dir is not None:
+        registration = Registration(settings.registration_dir, settings.kubelet_endpoint or path)
+        await registration.start()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -91,6 +85,8 @@ async def serve(settings: NodeSettings) -> None:
         await stop.wait()
     finally:
         recovery.cancel()
+        if registration is not None:
+            await registration.stop()
         await server.stop(_STOP_GRACE_S)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
@@ -106,19 +102,3 @@ async def _recover(publisher: Publisher, recovered: asyncio.Event) -> None:
             continue
         recovered.set()
         return
-
-
-def _clear_socket(path: str) -> None:
-    """Remove a socket nobody listens on. Raises: ControlError when somebody does."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(path)
-        except FileNotFoundError:
-            return
-        except OSError:
-            os.unlink(path)
-            return
-    raise ControlError(f"another CSI driver listens on {path}; stop it, or choose another --endpoint")

@@ -18,7 +18,7 @@ from fakes.registry import MANIFEST_TYPE, FakeRegistry, Fault, model_manifest
 from registry_process import PASSWORD, USERNAME, RegistryProcess
 from support.node_process import COMMAND, NodeProcess, children_of, mounts_below, publish_request
 
-from csi.wire import csi_pb2
+from csi.wire import csi_pb2, registration_pb2, registration_pb2_grpc
 
 pytestmark = pytest.mark.fuse
 
@@ -454,3 +454,33 @@ def test_a_missing_dev_fuse_is_said_at_the_start(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "/dev/fuse is missing" in done.stderr
     assert "modprobe fuse" in done.stderr
+
+
+def test_kubelet_can_register_the_driver(tmp_path: Path) -> None:
+    registry_dir = tmp_path / "plugins_registry"
+    flags = (
+        f"--registration-dir={registry_dir}",
+        "--kubelet-endpoint=/var/lib/kubelet/plugins/x/csi.sock",
+        "--spares=0",
+    )
+    with NodeProcess(tmp_path / "node", *flags) as node:
+        deadline = time.monotonic() + 20
+        while not (found := os.listdir(registry_dir) if registry_dir.exists() else []):
+            assert time.monotonic() < deadline, node.log()
+            time.sleep(0.02)
+        with grpc.insecure_channel(f"unix:{registry_dir / found[0]}") as channel:
+            stub = registration_pb2_grpc.RegistrationStub(channel)
+            info = stub.GetInfo(registration_pb2.InfoRequest(), timeout=5)
+            assert (info.type, info.name) == ("CSIPlugin", "csi.modelmount.dev")
+            assert info.endpoint == "/var/lib/kubelet/plugins/x/csi.sock"
+            assert list(info.supported_versions) == ["1.0.0"]
+            stub.NotifyRegistrationStatus(registration_pb2.RegistrationStatus(plugin_registered=True), timeout=5)
+    assert list(registry_dir.iterdir()) == [], "a stopped driver takes its socket away"
+
+
+def test_a_socket_path_that_is_too_long_is_said_at_the_start(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 110) / "csi.sock"
+    command = [*COMMAND, "node", "--endpoint", f"unix://{long}", "--state-dir", str(tmp_path / "s")]
+    done = subprocess.run([*command, "--data-dir", str(tmp_path / "d")], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert "107" in done.stderr

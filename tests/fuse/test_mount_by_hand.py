@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,12 @@ def run(*arguments: str, given: str | None = None) -> subprocess.CompletedProces
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> list[str]:
-    return ["--state-dir", str(tmp_path / "state"), "--data-dir", str(tmp_path / "data")]
+def places(tmp_path: Path) -> Iterator[list[str]]:
+    flags = ["--state-dir", str(tmp_path / "state"), "--data-dir", str(tmp_path / "data")]
+    yield flags
+    for path in mounts_below(tmp_path):  # of a test that failed
+        if "/state/" not in path:
+            run("umount", path, *flags)
 
 
 def nothing_is_left(directory: Path) -> bool:
