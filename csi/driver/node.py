@@ -107,8 +107,9 @@ def parse_publish(request: csi_pb2.NodePublishVolumeRequest) -> PublishRequest:
         raise InvalidVolumeError("volume_capability: access_mode is missing", field="volume_capability.access_mode")
     refused = sorted(set(capability.mount.mount_flags) - _MOUNT_FLAGS)
     if refused:
+        name = refused[0].partition("=")[0][:40]  # the CSI spec allows secrets in the values of mount flags
         raise InvalidVolumeError(
-            f"mountOptions: {refused[0][:80]!r} is not supported; allowed: {', '.join(sorted(_MOUNT_FLAGS))}",
+            f"mountOptions: {name!r} is not supported; allowed: {', '.join(sorted(_MOUNT_FLAGS))}",
             field="volume_capability.mount.mount_flags",
         )
     attributes = parse_attributes(request.volume_context)

@@ -58,7 +58,7 @@ def test_the_secret_fields_are_these_and_no_others() -> None:
         field.full_name.removeprefix("csi.v1.")
         for message in csi_pb2.DESCRIPTOR.message_types_by_name.values()
         for field in _fields(message)
-        if field.GetOptions().Extensions[csi_pb2.csi_secret]
+        if field.GetOptions().Extensions[csi_pb2.csi_secret]  # type: ignore[index]  # protoc types it as any field
     }
     assert marked == SECRET_FIELDS
 
