@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import getpass
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import sys
 import time
 from typing import Any
 
-from csi.cli import supervisor
+from csi.cli import login, supervisor
 from csi.errors import ControlError, InvalidVolumeError, MountError
 
 _STATE_DIR = "/run/modelmount-by-hand"
@@ -33,18 +32,17 @@ def add_parser(subparsers: Any) -> None:
     )
     mount.add_argument("reference", help="registry/repository:tag, …@sha256:…, or oci-layout:/directory")
     mount.add_argument("directory", help="an empty or new directory")
-    mount.add_argument("--username", help="registry user")
-    mount.add_argument("--password-stdin", action="store_true", help="read the registry password from stdin")
+    login.add_flags(mount)
     mount.add_argument("--output", choices=["text", "json"], default="text")
     supervisor.add_flags(mount)
     umount = subparsers.add_parser(
         "umount", help="unmount what 'modelmount mount' mounted", description="Unmount a model mounted by hand."
     )
     umount.add_argument("directory")
-    for parser, default in ((mount, _DATA_DIR), (umount, _DATA_DIR)):
+    for parser in (mount, umount):
         parser.add_argument("--state-dir", default=_STATE_DIR, help="sockets and records (default %(default)s)")
-        parser.set_defaults(data_dir=default)
-    umount.add_argument("--data-dir", help=argparse.SUPPRESS, default=_DATA_DIR)
+        parser.set_defaults(data_dir=_DATA_DIR)
+    umount.add_argument("--data-dir", help="cache and pins, as given to mount (default %(default)s)", default=_DATA_DIR)
     mount.set_defaults(run=run_mount)
     umount.set_defaults(run=run_umount)
 
@@ -69,7 +67,7 @@ def run_mount(args: argparse.Namespace) -> int:
         target_path=target_path,
         attributes=VolumeAttributes(reference=reference),
         arguments=str(reference),
-        credentials=_credentials(args),
+        credentials=login.credentials_of(args, reference),
     )
     try:
         published = asyncio.run(publisher.publish(request))
@@ -117,15 +115,6 @@ def _target(directory: str) -> str:
     """Links in the parent are followed here, by the person who typed them; the last component is taken as it is."""
     absolute = os.path.abspath(directory)
     return os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))
-
-
-def _credentials(args: argparse.Namespace) -> dict[str, str] | None:
-    if not args.username:
-        if args.password_stdin:
-            raise InvalidVolumeError("--password-stdin needs --username")
-        return None
-    password = sys.stdin.readline().rstrip("\n") if args.password_stdin else getpass.getpass("registry password: ")
-    return {"username": args.username, "password": password}
 
 
 def _start_background(args: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import getpass
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from csi.cli import login
 from csi.errors import InvalidVolumeError, UnsupportedModelError
 from csi.oci.digest import Digest
 from csi.oci.modelpack import ModelDescription, PackedModel, SourceFile, pack
@@ -21,7 +21,6 @@ from csi.oci.paths import check_member_path
 from csi.oci.reference import Reference
 
 if TYPE_CHECKING:
-    from csi.registry.auth import Credentials
     from csi.registry.pushing import ModelSink, PushProgress
 
 _DEFAULT_TAG = "latest"
@@ -45,8 +44,7 @@ def add_parser(subparsers: Any) -> None:
         help="registry/repository[:tag], or oci-layout:/directory[:tag]; the tag is 'latest' when none is given",
     )
     parser.add_argument("--plain-http", action="store_true", help="speak plain HTTP (loopback registries need no flag)")
-    parser.add_argument("--username", help="registry user")
-    parser.add_argument("--password-stdin", action="store_true", help="read the registry password from stdin")
+    login.add_flags(parser)
     parser.add_argument("--name", help="the model's name, into its config")
     parser.add_argument("--model-version", metavar="VERSION", help="the model's version, into its config")
     parser.add_argument(
@@ -79,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     description = ModelDescription(
         name=args.name, version=args.model_version, annotations=_annotations(args.annotation)
     )
-    credentials = _credentials(args, reference)
+    credentials = login.credentials_of(args, reference)
     found, hidden = find_files(args.source)
     if hidden:
         shown = ", ".join(hidden[:_SHOWN_HIDDEN]) + (", …" if len(hidden) > _SHOWN_HIDDEN else "")
@@ -159,15 +157,17 @@ def _hash(file: FoundFile, progress: _Progress) -> SourceFile:
         raise UnsupportedModelError(f"{file.disk_path}: cannot be read: {exc.strerror}") from exc
 
 
-def _open_sink(args: argparse.Namespace, reference: Reference, credentials: Credentials | None) -> ModelSink:
+def _open_sink(args: argparse.Namespace, reference: Reference, credentials: dict[str, str] | None) -> ModelSink:
     """Imported here: only a push to a registry needs oras and its libraries."""
     if reference.is_layout:
         from csi.registry.layout_writer import LayoutWriter
 
         return LayoutWriter(reference)
+    from csi.registry.auth import Credentials
     from csi.registry.upload import ModelUploader
 
-    return ModelUploader(reference, plain_http=args.plain_http, credentials=credentials)
+    user = Credentials(**credentials) if credentials else None
+    return ModelUploader(reference, plain_http=args.plain_http, credentials=user)
 
 
 def _send(
@@ -218,26 +218,6 @@ def _annotations(given: list[str]) -> dict[str, str]:
             raise InvalidVolumeError(f"--annotation {text!r}: expected KEY=VALUE, every KEY once", field="annotation")
         annotations[key] = value
     return annotations
-
-
-def _credentials(args: argparse.Namespace, reference: Reference) -> Credentials | None:
-    from csi.registry.auth import Credentials
-
-    if not args.username:
-        if args.password_stdin:
-            raise InvalidVolumeError("--password-stdin needs --username", field="username")
-        return None
-    if reference.is_layout:
-        raise InvalidVolumeError("--username: a directory needs no credentials", field="username")
-    if args.password_stdin:
-        password = sys.stdin.readline().rstrip("\r\n")
-    elif sys.stdin.isatty():
-        password = getpass.getpass("registry password: ")
-    else:
-        raise InvalidVolumeError("--username needs --password-stdin (or a terminal to ask on)", field="password")
-    if not password:
-        raise InvalidVolumeError("the password is empty", field="password")
-    return Credentials(args.username, password)
 
 
 def _size(size_bytes: int) -> str:

@@ -106,6 +106,14 @@ def field(message: Mapping[str, Any], name: str, kind: type) -> Any:
     return value
 
 
+def exactly(fds: list[int], count: int) -> list[int]:
+    """`fds` when there are that many. Raises: ControlError, and then they are closed."""
+    if len(fds) != count:
+        close_all(fds)
+        raise ControlError(f"expected {count} descriptors, got {len(fds)}")
+    return fds
+
+
 def close_all(fds: Sequence[int]) -> None:
     """Close descriptors, ignoring those that are closed."""
     for fd in fds:

@@ -85,7 +85,7 @@ class Fetcher:
                     self._start(request, fds)
                     self._reply(wire.ok(request))
                 case "worker":
-                    self._attach_worker(_only(fds, 1)[0])
+                    self._attach_worker(wire.exactly(fds, 1)[0])
                     self._reply(wire.ok(request))
                 case "credentials":
                     self._replace_credentials(request)
@@ -168,7 +168,7 @@ class Fetcher:
         message, fds = received
         match message:
             case {"op": "blobs"}:
-                self._start_engine(_only(fds, 1)[0])
+                self._start_engine(wire.exactly(fds, 1)[0])
             case {"op": "want", "blob": int(blob), "first": int(first), "count": int(count), "class": int(cls)}:
                 wire.close_all(fds)
                 self._want(blob, first, count, cls)
@@ -258,13 +258,6 @@ def _credentials(request: wire.Message) -> Credentials | None:
     if not isinstance(given, dict):
         return None
     return Credentials(username=str(given["username"]), password=str(given["password"]))
-
-
-def _only(fds: list[int], count: int) -> list[int]:
-    if len(fds) != count:
-        wire.close_all(fds)
-        raise ControlError(f"fetcher: expected {count} descriptors, got {len(fds)}")
-    return fds
 
 
 def run(control_fd: int) -> int:

@@ -110,7 +110,7 @@ class Worker:
             case "serve":
                 self._serve(request, fds)
             case "fetcher":
-                self._attach_fetcher(_only(fds, 1)[0])
+                self._attach_fetcher(wire.exactly(fds, 1)[0])
                 self._reply(wire.ok(request))
             case "release":
                 if self._reader is not None:
@@ -124,7 +124,7 @@ class Worker:
                 raise ControlError(f"worker: unknown operation {other!r}")
 
     def _build(self, request: wire.Message, fds: list[int]) -> None:
-        (manifest_fd,) = _only(fds, 1)
+        (manifest_fd,) = wire.exactly(fds, 1)
         try:
             manifest = wire.read_all(manifest_fd, _MAX_MANIFEST_BYTES, "manifest")
         finally:
@@ -139,7 +139,7 @@ class Worker:
             os.close(tree_fd)
 
     def _serve(self, request: wire.Message, fds: list[int]) -> None:
-        fuse_fd, tree_fd, area_fd, channel_fd = _only(fds, 4)
+        fuse_fd, tree_fd, area_fd, channel_fd = wire.exactly(fds, 4)
         init = bytes.fromhex(wire.field(request, "init", str))
         deadline_s = float(request.get("read_deadline_s", 120.0))
         if os.fstat(tree_fd).st_size > _MAX_TREE_BYTES:
@@ -224,13 +224,6 @@ class Worker:
             wire.send(self._control, message, fds)
         except OSError as exc:
             log.warning("supervisor not reachable: %s", exc)
-
-
-def _only(fds: list[int], count: int) -> list[int]:
-    if len(fds) != count:
-        wire.close_all(fds)
-        raise ControlError(f"worker: expected {count} descriptors, got {len(fds)}")
-    return fds
 
 
 def run(control_fd: int) -> int:

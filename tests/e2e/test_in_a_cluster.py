@@ -50,11 +50,11 @@ class Model:
 
 
 @pytest.fixture(scope="module")
-def directory() -> Iterator[Path]:
+def directory() -> Path:
     """Short, because sockets lie below it."""
     path = ROOT / ".e2e"
     shutil.rmtree(path, ignore_errors=True)
-    yield path
+    return path
 
 
 @pytest.fixture(scope="module")
