@@ -155,7 +155,13 @@ class Cluster:
     def delete_pod(self, name: str, timeout_s: float = 60) -> float:
         """Delete and wait until it is gone. Returns the seconds."""
         started = time.monotonic()
-        self.request("DELETE", f"/api/v1/namespaces/default/pods/{name}")
+        with contextlib.suppress(requests.HTTPError):  # gone already
+            self.request("DELETE", f"/api/v1/namespaces/default/pods/{name}")
+        self.wait_gone(name, timeout_s)
+        return time.monotonic() - started
+
+    def wait_gone(self, name: str, timeout_s: float) -> None:
+        """Wait until a pod that is being deleted is gone."""
 
         def gone() -> bool:
             try:
@@ -165,7 +171,6 @@ class Cluster:
             return False
 
         self.wait(f"pod {name} to be gone", gone, timeout_s)
-        return time.monotonic() - started
 
     def events(self, name: str) -> list[str]:
         """Reason and message of a pod's events."""
@@ -294,6 +299,7 @@ address = "{address}"
 sandbox = "{IMAGE}"
 [plugins.'io.containerd.cri.v1.runtime']
 disable_apparmor = true
+restrict_oom_score_adj = true
 [plugins.'io.containerd.cri.v1.runtime'.cni]
 bin_dirs = ["{_CNI_BIN}"]
 conf_dir = "{cni}"

@@ -185,17 +185,40 @@ def test_a_sub_path_of_a_file_and_of_a_directory(cluster: Cluster, model: Model)
     assert cluster.result("subpath") == (0, "v2model.safetensors")
 
 
-def test_a_pod_with_fs_group_as_another_user_starts_and_reads(cluster: Cluster, model: Model) -> None:
+def test_a_pod_with_fs_group_reads_as_another_user(cluster: Cluster, model: Model) -> None:
+    """kubelet must not try to change owners in a read-only tree."""
     security = {"runAsUser": 1234, "runAsNonRoot": True, "fsGroup": 4321}
+    volumes = inline(model.references["v1"])
     cluster.run_pod(
-        "fsgroup",
-        "cat /models/version.txt > /tmp/x; cat /models/version.txt",
-        inline(model.references["v1"]),
-        MOUNTS,
-        securityContext=security,
+        "fsgroup", "cat /models/version.txt > /dev/termination-log", volumes, MOUNTS, securityContext=security
     )
-    status, _ = cluster.result("fsgroup")
-    assert status in (0, 1)
+    assert cluster.result("fsgroup") == (0, "v1")
+
+
+def test_a_wrong_attribute_is_explained_to_whoever_describes_the_pod(cluster: Cluster, model: Model) -> None:
+    volumes = inline(model.references["v1"])
+    volumes[0]["csi"]["volumeAttributes"]["colour"] = "red"
+    cluster.run_pod("wrong", HASH, volumes, MOUNTS)
+
+    def explained() -> bool:
+        return any("FailedMount" in event and "unknown key 'colour'" in event for event in cluster.events("wrong"))
+
+    cluster.wait("an event that names the attribute", explained, 60)
+
+
+def test_a_pod_deleted_while_the_driver_is_down_is_gone_when_it_is_back(
+    cluster: Cluster, driver: NodeProcess, model: Model
+) -> None:
+    cluster.run_pod("orphan", "while :; do sleep 1; done", inline(model.references["v1"]), MOUNTS)
+    cluster.wait("the pod to run", lambda: cluster.is_running("orphan"), 60)
+    driver.stop()
+    try:
+        cluster.request("DELETE", "/api/v1/namespaces/default/pods/orphan")
+        time.sleep(4)
+        assert cluster.pod("orphan")["metadata"]["deletionTimestamp"], "kubelet waits for the driver"
+    finally:
+        driver.start()
+    cluster.wait_gone("orphan", 60)
 
 
 def test_a_pull_secret_is_used_and_a_missing_one_is_explained(
