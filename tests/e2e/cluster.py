@@ -31,6 +31,7 @@ NODE = "e2e-node"
 IMAGE = "localhost/e2e/busybox:1"
 _TOKEN = "e2e-token"
 _CNI_BIN = "/usr/lib/cni"
+_SHIMS = "/run/containerd"  # containerd's shims put their sockets there wherever its own state lies
 
 
 class Cluster:
@@ -42,6 +43,7 @@ class Cluster:
         self._binaries = binaries
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._etcd_port, self._peer_port, self._api_port, self._kubelet_port = (_free_port() for _ in range(4))
+        self._shims_were_there = os.path.exists(_SHIMS)
         self._session = requests.Session()
         self._session.trust_env = False
 
@@ -65,6 +67,8 @@ class Cluster:
             if entry.mount_point.startswith(str(self.directory)):
                 with contextlib.suppress(OSError):
                     syscalls.detach(entry.mount_point)
+        if not self._shims_were_there:
+            shutil.rmtree(_SHIMS, ignore_errors=True)
 
     def stop_process(self, name: str, number: signal.Signals = signal.SIGTERM) -> None:
         """Stop one of them, by its pid."""
