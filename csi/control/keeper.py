@@ -14,12 +14,15 @@ _TIMEOUT_S = 20.0  # mounts and binds take milliseconds; only a stuck host takes
 
 @dataclass(frozen=True, slots=True)
 class KeptMount:
-    """A superblock the keeper holds. `can_resend`: the kernel repeats requests a dead worker had taken."""
+    """A superblock the keeper holds. `can_resend`: the kernel repeats requests a dead worker had taken. `existed`: it was
+    there before this call.
+    """
 
     mount_id: str
     device: str
     init_set_version: int
     can_resend: bool
+    existed: bool
 
 
 class KeeperClient:
@@ -66,4 +69,5 @@ def _kept(fields: wire.Message) -> KeptMount:
         device=wire.field(fields, "device", str),
         init_set_version=wire.field(fields, "init_set_version", int),
         can_resend=wire.field(fields, "can_resend", bool),
+        existed=wire.field(fields, "existed", bool),
     )

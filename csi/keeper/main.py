@@ -61,8 +61,10 @@ class Keeper:
                 }, []
             case "mount":
                 mount_id = _mount_id(request)
+                before = self._superblocks.get(mount_id)
                 superblock = self._mount(mount_id, wire.field(request, "read_ahead_kb", int))
-                return _describe(mount_id, superblock) | {"init": superblock.init.raw.hex()}, [superblock.fd]
+                fields = _describe(mount_id, superblock, existed=superblock is before)
+                return fields | {"init": superblock.init.raw.hex()}, [superblock.fd]
             case "bind":
                 mount_id = _mount_id(request)
                 target_path = wire.field(request, "target_path", str)
@@ -77,7 +79,8 @@ class Keeper:
                 self._unmount(_mount_id(request))
                 return {}, []
             case "list":
-                return {"mounts": [_describe(mount_id, sb) for mount_id, sb in self._superblocks.items()]}, []
+                held_all = self._superblocks.items()
+                return {"mounts": [_describe(mount_id, one, existed=True) for mount_id, one in held_all]}, []
             case other:
                 raise ControlError(f"keeper: unknown operation {other!r}")
 
@@ -132,8 +135,9 @@ def _detach_all(mount_point: str) -> None:
             raise MountError(f"unmount of {mount_point} failed: {exc.strerror}", errno=exc.errno) from exc
 
 
-def _describe(mount_id: str, superblock: Superblock) -> wire.Message:
+def _describe(mount_id: str, superblock: Superblock, *, existed: bool) -> wire.Message:
     return {
+        "existed": existed,
         "mount_id": mount_id,
         "device": superblock.device,
         "init_set_version": handshake.INIT_SET_VERSION,

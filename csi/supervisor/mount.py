@@ -92,9 +92,12 @@ class Mount:
             )
             self._save_tree()
             await self._start_fetcher(fetcher, credentials)
-            self.kept, self._fuse_fd, self._init = await asyncio.to_thread(
+            kept, self._fuse_fd, self._init = await asyncio.to_thread(
                 self._keeper.mount, self.mount_id, self._settings.read_ahead_kb
             )
+            self.kept = kept
+            if kept.existed:
+                self._resend()  # what the worker of a supervisor that died had taken
             await self._serve(self._worker)
         except BaseException:
             await self.close()
@@ -116,12 +119,15 @@ class Mount:
     async def replace_credentials(self, target_path: str, credentials: Credentials) -> None:
         """A republish brought newer ones: use them from now on."""
         lease = self.leases[target_path]
-        if lease.credentials == credentials:
-            return
-        lease.credentials = credentials
-        if self._fetcher is not None:
-            with contextlib.suppress(ControlError):  # a new fetcher gets them when it starts
-                await self._fetcher.call("credentials", 5.0, credentials=credentials)
+        if lease.credentials != credentials:
+            lease.credentials = credentials
+            await self._use_credentials(credentials)
+
+    async def drop_lease(self, target_path: str) -> None:
+        """The target does not show the mount any more, so its credentials are not used for others either."""
+        dropped = self.leases.pop(target_path)
+        if self.leases and dropped.credentials is not None:
+            await self._use_credentials(self._any_credentials())
 
     async def stats(self) -> dict[str, Any]:
         """Everything `modelmount status` shows of a mount. Does not touch the mount itself."""
@@ -242,11 +248,7 @@ class Mount:
 
     async def _replace_worker(self) -> None:
         """Nobody reads the connection now, so what RESEND queues again is given out once."""
-        if self.kept is not None and self.kept.can_resend:
-            try:
-                os.write(self._fuse_fd, RESEND_MESSAGE)
-            except OSError as exc:
-                log.warning("mount %s: RESEND: %s", self.mount_id[:8], exc)
+        self._resend()
         while not self._stopping:
             worker: Child | None = None
             try:
@@ -260,6 +262,14 @@ class Mount:
                 continue
             self._worker = worker
             return
+
+    def _resend(self) -> None:
+        """Only while nobody reads the connection."""
+        if self.kept is not None and self.kept.can_resend:
+            try:
+                os.write(self._fuse_fd, RESEND_MESSAGE)
+            except OSError as exc:
+                log.warning("mount %s: RESEND: %s", self.mount_id[:8], exc)
 
     async def _watch_fetcher(self) -> None:
         delay_s = 0.0
@@ -293,6 +303,11 @@ class Mount:
                     await asyncio.sleep(1.0)
                     continue
                 return  # the worker died meanwhile: its successor gets a channel when it starts
+
+    async def _use_credentials(self, credentials: Credentials) -> None:
+        if self._fetcher is not None:
+            with contextlib.suppress(ControlError):  # a new fetcher gets them when it starts
+                await self._fetcher.call("credentials", 5.0, credentials=credentials)
 
     def _any_credentials(self) -> Credentials:
         for lease in reversed(self.leases.values()):

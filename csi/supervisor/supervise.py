@@ -74,6 +74,9 @@ class Supervisor:
                 mount = await self._create(wanted, verify, credentials)
             mount.leases[target_path] = Lease(volume_id)
             await mount.replace_credentials(target_path, credentials)
+        for other in list(self._mounts.values()):
+            if other is not mount and target_path in other.leases:
+                await self._end_lease(other, target_path)
         return self._describe(mount)
 
     async def renew(self, target_path: str, credentials: Credentials) -> dict[str, Any] | None:
@@ -87,12 +90,8 @@ class Supervisor:
     async def release(self, target_path: str) -> None:
         """Give the lease back; the mount ends with its last one. No such lease: nothing to do."""
         mount = self._leased(target_path)
-        if mount is None:
-            return
-        del mount.leases[target_path]
-        if not mount.leases:
-            self._mounts.pop(mount.mount_id, None)
-            await asyncio.shield(asyncio.create_task(mount.close()))
+        if mount is not None:
+            await self._end_lease(mount, target_path)
 
     async def reconcile(self, target_paths: set[str]) -> None:
         """End the leases of every target that is not in `target_paths`."""
@@ -129,14 +128,19 @@ class Supervisor:
                 if held is not None:
                     await held.close()
                 mount = Mount(key, wanted, self._keeper, self._pool, self._settings)
-                creation = asyncio.create_task(mount.create(fetcher, manifest_fd, media_type, credentials))
-                await asyncio.shield(creation)
+                await mount.create(fetcher, manifest_fd, media_type, credentials)
                 if held is not None:
                     mount.leases.update(held.leases)
                 self._mounts[key.mount_id] = mount
                 return mount
         finally:
             os.close(manifest_fd)
+
+    async def _end_lease(self, mount: Mount, target_path: str) -> None:
+        await mount.drop_lease(target_path)
+        if not mount.leases:
+            self._mounts.pop(mount.mount_id, None)
+            await asyncio.shield(asyncio.create_task(mount.close()))
 
     def _find(self, wanted: Reference, verify: Verify) -> Mount | None:
         if wanted.digest is None:

@@ -73,7 +73,7 @@ class Worker:
         self._fetcher: socket.socket | None = None
 
     async def run(self) -> None:
-        """Until `stop`, the end of the control socket (the supervisor is gone: go on serving) or of the connection."""
+        """Until `stop`, the end of the control socket or of the connection."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             while True:
@@ -83,9 +83,10 @@ class Worker:
                 except BlockingIOError:
                     continue
                 if received is None:
-                    log.warning("the supervisor is gone; serving goes on until the mount ends")
-                    if self._backend is None:
-                        nursery.cancel_scope.cancel()
+                    # Its successor starts a worker of its own, and two readers of one connection can freeze each other.
+                    log.warning("the supervisor is gone; this worker ends, requests wait for the next one")
+                    await self._stop()
+                    nursery.cancel_scope.cancel()
                     return
                 request, fds = received
                 if request.get("op") == "stop":

@@ -13,11 +13,13 @@ import threading
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 from fakes.registry import FakeRegistry
 from support.node_process import COMMAND, NodeProcess
 
 from csi.control.keeper import KeeperClient
+from csi.control.supervisor import SupervisorClient
 
 pytestmark = pytest.mark.fuse
 
@@ -154,6 +156,40 @@ def test_sigkill_of_the_fetcher_loses_no_read(modelmount_node: NodeProcess, smal
     while modelmount_node.status()[0]["fetcher_restarts"] != 1:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_republish_after_the_death_of_the_supervisor_goes_on_with_the_same_connection(
+    tmp_path: Path, small_model: tuple[str, bytes]
+) -> None:
+    """The keeper holds the connection: open handles stay, reads wait for the republish and lose nothing."""
+    reference, content = small_model
+    with NodeProcess(tmp_path, "--spares=0") as node:
+        target = node.target()
+        node.publish(reference, target)
+        needs_resend(node)
+        file = open(target / "model.bin", "rb", buffering=0)  # noqa: SIM115 - open across the death
+        with file:
+            assert file.read(1000) == content[:1000]
+            supervisor = SupervisorClient(str(node.state_dir)).ping()
+            os.kill(supervisor, signal.SIGKILL)
+            results: list[bytes] = []
+            reader = threading.Thread(target=lambda: results.append(os.pread(file.fileno(), 100_000, 40 << 20)))
+            reader.start()
+            deadline = time.monotonic() + 20
+            while True:
+                try:
+                    node.publish(reference, target)
+                    break
+                except grpc.RpcError as exc:
+                    code = exc.code()
+                assert code is grpc.StatusCode.UNAVAILABLE
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            reader.join(20)
+            assert results == [content[40 << 20 :][:100_000]]
+            assert file.read(1000) == content[1000:2000]
+        node.unpublish(target)
+        assert node.status() == []
 
 
 def test_metadata_is_served_while_reads_wait_and_a_killed_reader_dies(
