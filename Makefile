@@ -10,7 +10,7 @@ CSI_SANITY_VERSION := v5.6.0
 .PHONY: help need-root setup demo test test-fuse test-csi e2e bench lint fmt type proto proto-check check clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready ## install what is missing: system packages, a venv, this package
 

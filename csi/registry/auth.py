@@ -1,4 +1,4 @@
-"""What to send a registry that wants to know who asks. This version: nothing, or Basic.
+"""What to send a registry that wants to know who asks: nothing, Basic, or a token (`token_auth`).
 
 Challenges are parsed by RFC 9110, section 11.6.1.
 """
@@ -39,8 +39,11 @@ class Authenticator(Protocol):
     def authorization(self) -> str | None:
         """The Authorization header for the registry itself, None to ask anonymously."""
 
-    def on_challenge(self, challenges: list[Challenge]) -> bool:
-        """A 401 came with these. True when the request is worth repeating with a new `authorization`."""
+    def has_credentials(self) -> bool:
+        """Whether somebody has logged in."""
+
+    def on_challenge(self, challenges: list[Challenge], refused: str | None) -> bool:
+        """A 401 came with these for a request that carried `refused`. True when the request is worth repeating."""
 
     def replace(self, credentials: Credentials | None) -> None:
         """Use other credentials from now on."""
@@ -59,7 +62,11 @@ class BasicAuthenticator:
             return None
         return "Basic " + base64.b64encode(f"{held.username}:{held.password}".encode()).decode()
 
-    def on_challenge(self, challenges: list[Challenge]) -> bool:
+    def has_credentials(self) -> bool:
+        """See `Authenticator`."""
+        return self._credentials is not None
+
+    def on_challenge(self, challenges: list[Challenge], refused: str | None) -> bool:
         """Nothing better can be offered."""
         return False
 

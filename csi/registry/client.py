@@ -39,6 +39,7 @@ from csi.registry.transport import Response, Transport
 from csi.stream.ports import ManifestBytes, RangeReader
 
 _ACCEPT = ", ".join((oci.OCI_MANIFEST, oci.OCI_INDEX, oci.DOCKER_MANIFEST, oci.DOCKER_LIST))
+_API_HOSTS = {"docker.io": "registry-1.docker.io", "index.docker.io": "registry-1.docker.io"}
 _MAX_ERROR_BODY = 8192
 _MAX_SKIP_BYTES = 1024 * 1024
 _CONTENT_RANGE = re.compile(r"\s*(?:bytes\s+)?(\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\s*")
@@ -50,7 +51,7 @@ class RegistrySource:
     def __init__(self, reference: Reference, rules: AddressRules, authenticator: Authenticator, transport: Transport):
         self._registry, self._repository = reference.registry, reference.repository
         self._rules, self._authenticator, self._transport = rules, authenticator, transport
-        self._base = f"{rules.scheme_for(self._registry)}://{self._registry}/v2/{self._repository}"
+        self._base = f"{base_url(self._registry, rules)}/v2/{self._repository}"
         self._lock = threading.Lock()
         self._resolved: dict[Digest, str] = {}
         """Where a blob was redirected to; used until that address refuses."""
@@ -135,16 +136,13 @@ class RegistrySource:
             if response.status == 401 and with_credentials and not challenged:
                 challenged = True
                 challenges = parse_challenges(response.headers.get("WWW-Authenticate", ""))
-                if self._authenticator.on_challenge(challenges):
+                try:
+                    if self._authenticator.on_challenge(challenges, sent.get("Authorization")):
+                        response.discard()
+                        continue
+                except BaseException:
                     response.discard()
-                    continue
-                if any(challenge.scheme == "bearer" for challenge in challenges):
-                    response.discard()
-                    raise RegistryAuthError(
-                        f"{subject}: the registry wants a token (Bearer authentication), which this version cannot get; "
-                        "use a registry with Basic or anonymous access",
-                        status=401,
-                    )
+                    raise
             if response.status not in (301, 302, 303, 307, 308):
                 return response
             location = response.headers.get("Location", "")
@@ -213,7 +211,7 @@ class RegistrySource:
         """Raises: the error that a final status other than 200 means."""
         if response.status == 200:
             return
-        raise _status_error(response, subject, has_credentials=self._authenticator.authorization() is not None)
+        raise _status_error(response, subject, has_credentials=self._authenticator.has_credentials())
 
     def _check_manifest(
         self, subject: str, wanted: Digest | None, found: Digest, declared: str | None, data: bytes
@@ -237,6 +235,11 @@ class RegistrySource:
                 actual=str(found),
                 subject=subject,
             )
+
+
+def base_url(registry: str, rules: AddressRules) -> str:
+    """`scheme://host[:port]` of a registry's API; docker.io's is at another host than its name says."""
+    return f"{rules.scheme_for(registry)}://{_API_HOSTS.get(registry, registry)}"
 
 
 class _HttpRangeReader:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from csi.errors import InvalidVolumeError
 from csi.oci.reference import Reference
 from csi.registry.address_rules import AddressRules
-from csi.registry.auth import BasicAuthenticator, Credentials
-from csi.registry.client import RegistrySource
+from csi.registry.auth import Credentials
+from csi.registry.client import RegistrySource, base_url
 from csi.registry.layout_source import LayoutSource
+from csi.registry.token_auth import TokenAuthenticator
 from csi.registry.transport import Transport, TransportSettings
 from csi.stream.ports import ModelSource
 
@@ -33,9 +34,7 @@ def open_source(reference: Reference, settings: SourceSettings) -> ModelSource:
         return LayoutSource(settings.layout_fd, reference.layout_dir)
     if settings.layout_fd is not None:
         os.close(settings.layout_fd)
-    return RegistrySource(
-        reference,
-        settings.rules,
-        BasicAuthenticator(settings.credentials),
-        Transport(settings.rules, settings.transport),
-    )
+    transport = Transport(settings.rules, settings.transport)
+    base = base_url(reference.registry, settings.rules)
+    authenticator = TokenAuthenticator(base, reference.repository, settings.credentials, transport)
+    return RegistrySource(reference, settings.rules, authenticator, transport)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import http
-import ipaddress
 import json
 import ssl
 import time
@@ -50,6 +49,7 @@ from csi.oci.reference import Reference
 from csi.registry.address_rules import AddressRules, redact_url
 from csi.registry.auth import Credentials, parse_challenges
 from csi.registry.pushing import HashedFile, OnProgress, PushProgress, PushState
+from csi.registry.realm import check_realm, split_url
 
 _CONNECT_TIMEOUT_S = 10.0
 _ANSWER_TIMEOUT_S = 120.0
@@ -189,7 +189,7 @@ class ModelUploader:
     def _upload_address(self, start: str, location: str) -> str:
         """Absolute. Raises: RegistryError for none, or one that must not be used."""
         target = _join(start, location)
-        parts = _split(target)
+        parts = split_url(target)
         if not location or parts is None:
             raise RegistryError(
                 f"{self._origin}: the registry gave no usable address to upload to ({redact_url(target)})"
@@ -345,46 +345,6 @@ class ModelUploader:
         )
 
 
-def check_realm(base: str, realm: str, *, with_password: bool) -> None:
-    """Whether the token service at `realm`, named by the registry at `base` (`scheme://host[:port]`), may be asked.
-
-    Without a password: any https address, or the registry's own host. With one: the registry's own host, a host below
-    it, or one beside it in the same domain (`auth.example.com` for `registry.example.com`). The registry gets the
-    password anyway; the rule keeps a challenge from handing it to strangers. Over plain http only where the registry
-    itself is spoken to that way, and only on its host.
-
-    Raises: RegistryAuthError.
-    """
-    registry, service = _split(base), _split(realm)
-    if registry is None or service is None:
-        raise RegistryAuthError(f"registry {base}: names a malformed token service {redact_url(realm)!r}")
-    ours, theirs = registry.hostname or "", service.hostname or ""
-    if service.scheme == "http" and (registry.scheme != "http" or ours != theirs):
-        raise RegistryAuthError(
-            f"registry {registry.netloc}: its token service {redact_url(realm)} is not reached over https; refused"
-        )
-    if ours == theirs or not with_password or theirs.endswith(f".{ours}") or _in_domain_of(theirs, ours):
-        return
-    raise RegistryAuthError(
-        f"registry {registry.netloc}: its token service {redact_url(realm)} belongs to another domain; passwords are not "
-        "sent there. Push with a registry address in that domain, or ask the registry's administrator"
-    )
-
-
-def _in_domain_of(host: str, registry: str) -> bool:
-    """Under the registry's parent domain, unless that looks like a public suffix (`co.uk`)."""
-    try:
-        ipaddress.ip_address(registry)
-        return False
-    except ValueError:
-        pass
-    parent = registry.partition(".")[2]
-    labels = parent.split(".")
-    if len(labels) < 2 or (len(labels) == 2 and len(labels[0]) <= 3 and len(labels[1]) == 2):
-        return False
-    return host == parent or host.endswith(f".{parent}")
-
-
 def _join(base: str, location: str) -> str:
     """The absolute form of a Location header; empty for a malformed one."""
     try:
@@ -393,19 +353,9 @@ def _join(base: str, location: str) -> str:
         return ""
 
 
-def _split(url: str) -> Any:
-    """The parts of an absolute http or https URL without user info, None for anything else."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError:
-        return None
-    return parts if parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc else None
-
-
 def _same_origin(url: str, base: str) -> bool:
     """The same scheme, host and port: where credentials may go."""
-    here, there = _split(url), _split(base)
+    here, there = split_url(url), split_url(base)
     if here is None or there is None:
         return False
     default = 443 if here.scheme == "https" else 80

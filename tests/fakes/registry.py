@@ -52,7 +52,15 @@ class Fault:
 class FakeRegistry:
     """Use as a context manager. `host` is `127.0.0.1:port`."""
 
-    def __init__(self, username: str | None = None, password: str | None = None) -> None:
+    def __init__(self, username: str | None = None, password: str | None = None, *, tokens: bool = False) -> None:
+        """With a user: Basic, or with `tokens` a Bearer token that the path /token gives for Basic. `tokens` without a
+        user: tokens for everybody.
+        """
+        self.tokens = tokens
+        self.valid_tokens: set[str] = set()
+        self.token_lifetime_s: float | None = 300
+        self.realm: str | None = None
+        """Named in the challenge; None for our own."""
         self.blobs: dict[str, bytes] = {}
         self.blob_readers: dict[str, tuple[int, Callable[[int, int], bytes]]] = {}
         """Blobs too large for memory: size, and a function of offset and length."""
@@ -139,7 +147,15 @@ class FakeRegistry:
             return self._send(request, 307, {"Location": fault.redirect}, b"", fault)
         if fault.status is not None:
             return self._send(request, fault.status, fault.headers, fault.body or b"", fault)
-        if self._expected is not None and seen.authorization != self._expected:
+        if request.path.startswith("/token"):
+            return self._give_token(request, seen, fault)
+        if self.tokens:
+            if (seen.authorization or "").removeprefix("Bearer ") not in self.valid_tokens:
+                realm = f"http://{self.host}/token" if self.realm is None else self.realm
+                scope = "repository:team/model:pull"
+                challenge = f'Bearer realm="{realm}",service="fake registry",scope="{scope}"'
+                return self._send(request, 401, {"WWW-Authenticate": challenge}, b"", fault)
+        elif self._expected is not None and seen.authorization != self._expected:
             return self._send(request, 401, {"WWW-Authenticate": 'Basic realm="fake"'}, b"", fault)
         path = request.path.partition("?")[0]
         if path in self.manifests:
@@ -155,6 +171,17 @@ class FakeRegistry:
             return self._send_blob(request, *self.blob_readers[digest], seen.range, fault)
         error = {"errors": [{"code": "NAME_UNKNOWN", "message": "repository or content unknown"}]}
         return self._send(request, 404, {}, json.dumps(error).encode(), fault)
+
+    def _give_token(self, request: BaseHTTPRequestHandler, seen: Seen, fault: Fault) -> None:
+        if seen.authorization != self._expected:
+            return self._send(request, 401, {}, b"", fault)
+        with self._lock:
+            token = f"token-{len([one for one in self.seen if one.path.startswith('/token')])}"
+            self.valid_tokens.add(token)
+        answer = {"token": token}
+        if self.token_lifetime_s is not None:
+            answer |= {"expires_in": self.token_lifetime_s}  # type: ignore[dict-item]
+        return self._send(request, 200, {"Content-Type": "application/json"}, json.dumps(answer).encode(), fault)
 
     def _send_blob(
         self,

@@ -92,11 +92,6 @@ def test_a_range_is_asked_for_and_read_over_one_connection(fake_registry: FakeRe
         (Fault("blobs", status=404), ModelNotFoundError, "not found"),
         (Fault("blobs", status=401), RegistryAuthError, "nodePublishSecretRef"),
         (Fault("blobs", status=403), RegistryAuthError, "403"),
-        (
-            Fault("blobs", status=401, headers={"WWW-Authenticate": 'Bearer realm="https://x"'}),
-            RegistryAuthError,
-            "token",
-        ),
         (Fault("blobs", status=429, headers={"Retry-After": "7"}), RegistryUnavailableError, "429"),
         (Fault("blobs", status=503), RegistryUnavailableError, "503"),
         (Fault("blobs", status=416), RegistryError, "416"),

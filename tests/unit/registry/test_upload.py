@@ -42,7 +42,8 @@ from csi.oci.reference import Reference
 from csi.registry import upload
 from csi.registry.auth import Credentials
 from csi.registry.pushing import PushProgress, PushState
-from csi.registry.upload import ModelUploader, check_realm
+from csi.registry.realm import check_realm
+from csi.registry.upload import ModelUploader
 
 _ANN = Credentials("ann", "s3cret")
 _BASIC = "Basic " + base64.b64encode(b"ann:s3cret").decode()

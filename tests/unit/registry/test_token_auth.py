@@ -1,0 +1,164 @@
+"""Token authentication against a registry that asks for it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from fakes.registry import FakeRegistry, Fault
+
+from csi.errors import RegistryAuthError, RegistryUnavailableError
+from csi.oci.digest import Digest
+from csi.oci.reference import Reference
+from csi.registry.address_rules import AddressRules
+from csi.registry.auth import Credentials
+from csi.registry.client import RegistrySource, base_url
+from csi.registry.sources import SourceSettings, open_source
+
+CONTENT = os.urandom(1 << 16)
+ANN = Credentials("ann", "pa55word")
+
+Open = Callable[..., RegistrySource]
+
+
+@pytest.fixture
+def opened() -> Iterator[Open]:
+    sources: list[RegistrySource] = []
+
+    def open_one(registry: FakeRegistry, credentials: Credentials | None = None) -> RegistrySource:
+        reference = Reference.parse(f"{registry.host}/team/model:v1")
+        source = open_source(reference, SourceSettings(rules=AddressRules(), credentials=credentials))
+        assert isinstance(source, RegistrySource)
+        sources.append(source)
+        return source
+
+    yield open_one
+    for source in sources:
+        source.close()
+    gc.collect()
+
+
+@pytest.fixture
+def registry() -> Iterator[FakeRegistry]:
+    with FakeRegistry("ann", "pa55word", tokens=True) as fake:
+        fake.add_model("team/model", "v1", {"a": CONTENT})
+        yield fake
+
+
+def read(source: RegistrySource) -> bytes:
+    buffer = bytearray(len(CONTENT))
+    reader = source.open_range(Digest.of(CONTENT), len(CONTENT), 0, len(CONTENT))
+    try:
+        reader.readinto(memoryview(buffer))
+    finally:
+        reader.close()
+    return bytes(buffer)
+
+
+def test_one_token_serves_many_requests(registry: FakeRegistry, opened: Open) -> None:
+    source = opened(registry, ANN)
+    source.fetch_manifest("v1", None, 5.0)
+    for _ in range(5):
+        assert read(source) == CONTENT
+    asked = registry.requests("/token")
+    assert len(asked) == 1
+    assert "scope=repository%3Ateam%2Fmodel%3Apull" in asked[0].path
+    assert "service=fake+registry" in asked[0].path
+
+
+def test_anybody_gets_a_token_of_a_public_registry(opened: Open) -> None:
+    with FakeRegistry(tokens=True) as registry:
+        registry.add_model("team/model", "v1", {"a": CONTENT})
+        source = opened(registry)
+        source.fetch_manifest("v1", None, 5.0)
+        assert read(source) == CONTENT
+        assert {seen.authorization for seen in registry.requests("/token")} == {None}
+        source.close()
+
+
+def test_many_threads_wait_for_one_token(registry: FakeRegistry, opened: Open) -> None:
+    source = opened(registry, ANN)
+    registry.faults.append(Fault("/token", stall_s=0.3))
+    results: list[bytes] = []
+    threads = [threading.Thread(target=lambda: results.append(read(source))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [CONTENT] * 8
+    assert len(registry.requests("/token")) == 1
+
+
+def test_a_token_is_renewed_before_it_ends_and_when_it_is_refused(registry: FakeRegistry, opened: Open) -> None:
+    registry.token_lifetime_s = 0.05
+    source = opened(registry, ANN)
+    assert read(source) == CONTENT
+    threading.Event().wait(0.06)
+    assert read(source) == CONTENT
+    assert len(registry.requests("/token")) == 2
+    registry.token_lifetime_s = 300
+    threading.Event().wait(0.06)
+    assert read(source) == CONTENT
+    registry.valid_tokens.clear()  # taken back before its time
+    assert read(source) == CONTENT
+    assert len(registry.requests("/token")) == 4
+
+
+@pytest.mark.parametrize("credentials", [None, Credentials("ann", "wrong")])
+def test_wrong_credentials_are_said_and_not_tried_in_a_loop(
+    registry: FakeRegistry, opened: Open, credentials: Credentials | None
+) -> None:
+    with pytest.raises(RegistryAuthError) as caught:
+        opened(registry, credentials).fetch_manifest("v1", None, 5.0)
+    assert caught.value.fields["status"] == 401
+    assert "wrong" not in str(caught.value).replace("are wrong", "")
+    assert len(registry.requests("/token")) == 1
+
+
+def test_new_credentials_are_used_at_once(registry: FakeRegistry, opened: Open) -> None:
+    source = opened(registry, Credentials("ann", "old"))
+    with pytest.raises(RegistryAuthError):
+        source.fetch_manifest("v1", None, 5.0)
+    source.replace_credentials(ANN)
+    assert source.fetch_manifest("v1", None, 5.0).digest
+
+
+def test_a_token_service_that_is_down_is_unavailable(registry: FakeRegistry, opened: Open) -> None:
+    registry.faults.append(Fault("/token", status=503))
+    with pytest.raises(RegistryUnavailableError):
+        opened(registry, ANN).fetch_manifest("v1", None, 5.0)
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>", b"[]", b"{}", b'{"token": 7}', b'{"token": "a\\nb"}', b'{"token": ""}', b"[" * 5000]
+)
+def test_an_answer_without_a_token_is_refused(registry: FakeRegistry, opened: Open, body: bytes) -> None:
+    registry.faults.append(Fault("/token", status=200, body=body))
+    with pytest.raises(RegistryAuthError):
+        opened(registry, ANN).fetch_manifest("v1", None, 5.0)
+
+
+@pytest.mark.parametrize(
+    "realm", ["http://203.0.113.9/token", "https://evil.example/token", "ftp://x/", "", "http://[::"]
+)
+def test_a_password_never_goes_to_a_strangers_realm(registry: FakeRegistry, opened: Open, realm: str) -> None:
+    registry.realm = realm
+    with pytest.raises(RegistryAuthError) as caught:
+        opened(registry, ANN).fetch_manifest("v1", None, 5.0)
+    assert "pa55word" not in str(caught.value)
+
+
+def test_no_redirect_takes_the_password_along(registry: FakeRegistry, opened: Open) -> None:
+    with FakeRegistry() as stranger:
+        registry.faults.append(Fault("/token", redirect=f"http://{stranger.host}/token"))
+        with pytest.raises(RegistryAuthError):
+            opened(registry, ANN).fetch_manifest("v1", None, 5.0)
+        assert stranger.seen == []
+
+
+def test_docker_hub_has_its_api_elsewhere() -> None:
+    assert base_url("docker.io", AddressRules()) == "https://registry-1.docker.io"
+    assert base_url("quay.io", AddressRules()) == "https://quay.io"
