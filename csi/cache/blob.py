@@ -19,10 +19,14 @@ _READABLE = 0o640  # the worker is in the writer's group
 
 
 class _MappedBlob:
-    """The block map, mapped; segments opened when first used."""
+    """The block map, mapped; segments opened when first used. Borrows `area_fd`.
 
-    def __init__(self, directory_fd: int, map_fd: int, size_bytes: int, *, writable: bool) -> None:
-        self._directory_fd = directory_fd
+    Two descriptors per blob (Python's mmap keeps one): a model may have thousands of files.
+    """
+
+    def __init__(self, area_fd: int, name: str, map_fd: int, size_bytes: int, *, writable: bool) -> None:
+        self._area_fd = area_fd
+        self._name = name
         self._flags = os.O_RDWR if writable else os.O_RDONLY
         self.size_bytes = size_bytes
         self.block_count = blocks.block_count(size_bytes)
@@ -61,9 +65,8 @@ class _MappedBlob:
         fd = self._segments.get(segment)
         if fd is None:
             try:
-                fd = os.open(
-                    fmt.segment_name(segment), self._flags | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory_fd
-                )
+                path = f"{self._name}/{fmt.segment_name(segment)}"
+                fd = os.open(path, self._flags | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._area_fd)
             except OSError as exc:
                 raise CacheError(f"cache segment {segment} cannot be opened: {exc.strerror}") from exc
             self._segments[segment] = fd
@@ -74,10 +77,7 @@ class _MappedBlob:
         for fd in self._segments.values():
             os.close(fd)
         self._segments.clear()
-        if self._directory_fd >= 0:
-            self._map.close()
-            os.close(self._directory_fd)
-            self._directory_fd = -1
+        self._map.close()
 
 
 class BlobReader(_MappedBlob):
@@ -87,24 +87,19 @@ class BlobReader(_MappedBlob):
     def open(cls, area_fd: int, digest: Digest, size_bytes: int) -> BlobReader:
         """Raises: CacheError when the writer has not made the blob yet, or made it for another size."""
         try:
-            directory_fd = os.open(digest.path_name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=area_fd)
+            path = f"{digest.path_name}/{fmt.MAP_NAME}"
+            map_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=area_fd)
         except OSError as exc:
             raise CacheError(f"blob {digest.short()} is not in the cache: {exc.strerror}") from exc
         try:
-            map_fd = os.open(fmt.MAP_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory_fd)
-            try:
-                header = fmt.unpack_header(os.pread(map_fd, fmt.HEADER_BYTES, 0))
-                if header.size_bytes != size_bytes:
-                    raise CacheError(f"blob {digest.short()}: cached for {header.size_bytes} bytes, not {size_bytes}")
-                return cls(directory_fd, map_fd, size_bytes, writable=False)
-            finally:
-                os.close(map_fd)
-        except OSError as exc:
-            os.close(directory_fd)
-            raise CacheError(f"blob {digest.short()}: block map unreadable: {exc.strerror}") from exc
-        except CacheError:
-            os.close(directory_fd)
-            raise
+            header = fmt.unpack_header(os.pread(map_fd, fmt.HEADER_BYTES, 0))
+            if header.size_bytes != size_bytes:
+                raise CacheError(f"blob {digest.short()}: cached for {header.size_bytes} bytes, not {size_bytes}")
+            return cls(area_fd, digest.path_name, map_fd, size_bytes, writable=False)
+        except (OSError, ValueError) as exc:
+            raise CacheError(f"blob {digest.short()}: block map unreadable: {exc}") from exc
+        finally:
+            os.close(map_fd)
 
 
 class BlobWriter(_MappedBlob):
@@ -118,18 +113,15 @@ class BlobWriter(_MappedBlob):
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(digest.path_name, 0o750, dir_fd=area_fd)
-            directory_fd = os.open(digest.path_name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=area_fd)
+            map_fd = _open_map(area_fd, digest.path_name, size_bytes, boot_id)
         except OSError as exc:
-            raise CacheError(f"cache directory of blob {digest.short()}: {exc.strerror}") from exc
+            raise CacheError(f"cache of blob {digest.short()} cannot be opened: {exc.strerror}") from exc
         try:
-            map_fd = _open_map(directory_fd, size_bytes, boot_id)
-            try:
-                return cls(directory_fd, map_fd, size_bytes, writable=True)
-            finally:
-                os.close(map_fd)
-        except OSError as exc:
-            os.close(directory_fd)
-            raise CacheError(f"block map of blob {digest.short()}: {exc.strerror}") from exc
+            return cls(area_fd, digest.path_name, map_fd, size_bytes, writable=True)
+        except (OSError, ValueError) as exc:
+            raise CacheError(f"block map of blob {digest.short()} cannot be mapped: {exc}") from exc
+        finally:
+            os.close(map_fd)
 
     def write(self, block: int, start: int, data: memoryview) -> None:
         """Write bytes of a block from `start` within it. Raises: CacheError (a full disk)."""
@@ -167,10 +159,10 @@ class BlobWriter(_MappedBlob):
 
     def _allocate(self, segment: int) -> int:
         fd = os.open(
-            fmt.segment_name(segment),
+            f"{self._name}/{fmt.segment_name(segment)}",
             os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
             _READABLE,
-            dir_fd=self._directory_fd,
+            dir_fd=self._area_fd,
         )
         try:
             length = blocks.segment_length(self.size_bytes, segment)
@@ -185,9 +177,10 @@ class BlobWriter(_MappedBlob):
         return kept
 
 
-def _open_map(directory_fd: int, size_bytes: int, boot_id: bytes) -> int:
+def _open_map(area_fd: int, name: str, size_bytes: int, boot_id: bytes) -> int:
     count = blocks.block_count(size_bytes)
-    fd = os.open(fmt.MAP_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _READABLE, dir_fd=directory_fd)
+    path = f"{name}/{fmt.MAP_NAME}"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _READABLE, dir_fd=area_fd)
     try:
         if not _is_usable(fd, size_bytes, boot_id):
             header = fmt.MapHeader(size_bytes, blocks.BLOCK_BYTES, count, BlobState.FILLING, boot_id)

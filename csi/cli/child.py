@@ -26,8 +26,9 @@ def run(args: argparse.Namespace) -> int:
         from csi.worker.main import run as serve
     else:
         from csi.fetcher.main import run as serve
-    if args.uid is not None:
-        from csi.jail.privileges import become
+    from csi.jail.privileges import become, raise_descriptor_limit
 
+    raise_descriptor_limit()
+    if args.uid is not None:
         become(args.uid, args.gid)
     return serve(args.control_fd)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import resource
 
 # What the standard library imports only when it is first needed: codecs by name, and what prints a traceback.
 _IMPORTED_LATE = (
@@ -24,6 +25,12 @@ _IMPORTED_LATE = (
 )
 
 _PR_SET_NO_NEW_PRIVS = 38
+
+
+def raise_descriptor_limit() -> None:
+    """As many descriptors as this process may have: a model of ten thousand files needs three for each."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def become(uid: int, gid: int) -> None:

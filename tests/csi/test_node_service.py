@@ -382,6 +382,17 @@ def test_every_block_is_fetched_once_however_many_readers_there_are(
     assert sorted(covered) == sorted(set(covered))
 
 
+def test_a_model_of_many_files_is_mounted_at_once_and_whole(
+    modelmount_node: NodeProcess, fake_registry: FakeRegistry
+) -> None:
+    """More files than a process may usually have open."""
+    files = {f"shard-{number % 40}/{number}.bin": str(number).encode() for number in range(1500)}
+    digest = fake_registry.add_model("team/many", "v1", files)
+    target = modelmount_node.target()
+    modelmount_node.publish(f"{fake_registry.host}/team/many@{digest}", target)
+    assert {name: (target / name).read_bytes() for name in files} == files
+
+
 def test_the_cache_survives_a_restart_of_everything(tmp_path: Path, fake_registry: FakeRegistry, model: str) -> None:
     with NodeProcess(tmp_path, "--spares=0") as node:
         target = node.target()

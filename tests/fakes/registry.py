@@ -76,6 +76,7 @@ class FakeRegistry:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # headers and a small body would wait 40 ms for each other
 
             def do_GET(self) -> None:
                 registry._answer(self)
