@@ -47,11 +47,6 @@ class _MappedBlob:
         """How many blocks are there."""
         return self._map[fmt.HEADER_BYTES :].count(1)
 
-    def next_missing(self, start: int) -> int:
-        """The first absent block at or after `start`, `block_count` if there is none."""
-        found = self._map.find(b"\0", fmt.HEADER_BYTES + start)
-        return self.block_count if found < 0 else found - fmt.HEADER_BYTES
-
     def read_into(self, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
         """preadv2 of present bytes at `offset`, within one segment: at most to the segment's end.
 

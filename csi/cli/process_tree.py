@@ -32,8 +32,7 @@ _RESTART_DELAY_S = 0.5
 class ProcessTree:
     """Children by name, in the order they were started."""
 
-    def __init__(self, state_dir: str) -> None:
-        self._state_dir = state_dir
+    def __init__(self) -> None:
         self._commands: dict[str, list[str]] = {}
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -107,7 +106,7 @@ def run_tree(args: argparse.Namespace) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    tree = ProcessTree(args.state_dir)
+    tree = ProcessTree()
     try:
         start_keeper_and_supervisor(tree, args)
         tree.start(

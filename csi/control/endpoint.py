@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -57,11 +58,8 @@ def listen(path: str) -> socket.socket:
         with _address(path) as address:
             try:
                 sock.bind(address)
-            except FileExistsError:
-                _remove_stale(path)
-                sock.bind(address)
             except OSError as exc:
-                if exc.errno != 98:  # EADDRINUSE: what Linux answers for an existing path
+                if exc.errno != errno.EADDRINUSE:  # what bind answers for an existing path
                     raise
                 _remove_stale(path)
                 sock.bind(address)

@@ -54,13 +54,8 @@ def decode(data: bytes) -> Message:
 
 def send(sock: socket.socket, message: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
     """Send one message. The descriptors are duplicated to the peer; ours stay open."""
-    send_encoded(sock, encode(message), fds)
-
-
-def send_encoded(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
-    """`send` for bytes that `encode` made (an event loop keeps them when the socket is full)."""
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+    sock.sendmsg([encode(message)], ancillary, socket.MSG_NOSIGNAL)
 
 
 def recv(sock: socket.socket) -> tuple[Message, list[int]] | None:

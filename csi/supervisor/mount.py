@@ -64,7 +64,6 @@ class Mount:
         self.summary: dict[str, int] = {}
         self.events: deque[dict[str, Any]] = deque(maxlen=64)
         self.dead = False
-        self.created_at = time.time()
         self.worker_restarts = 0
         self.fetcher_restarts = 0
         self._keeper, self._pool, self._settings = keeper, pool, settings

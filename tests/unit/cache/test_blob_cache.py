@@ -48,7 +48,7 @@ def test_a_reader_sees_a_block_when_it_is_marked(area: int) -> None:
     buffer = bytearray(17)
     assert reader.read_into([memoryview(buffer)], last * blocks.BLOCK_BYTES) == 17
     assert buffer == b"x" * 17
-    assert (reader.present_blocks(), reader.next_missing(0), reader.next_missing(last)) == (1, 0, last + 1)
+    assert reader.present_blocks() == 1
     writer.close()
     reader.close()
 

