@@ -21,6 +21,7 @@ from csi.control import endpoint
 from csi.control.keeper import SOCKET_NAME as KEEPER_SOCKET
 from csi.control.supervisor import SOCKET_NAME as SUPERVISOR_SOCKET
 from csi.errors import ControlError, MountError
+from csi.jail.privileges import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,12 @@ class ProcessTree:
 
     def _spawn(self, name: str) -> subprocess.Popen[bytes]:
         # A session of its own: Ctrl-C reaches this parent only, which stops the others in order.
-        child = subprocess.Popen(self._commands[name], start_new_session=True, stdin=subprocess.DEVNULL)
+        child = subprocess.Popen(
+            self._commands[name],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=end_with_parent,
+        )
         self._children[name] = child
         return child
 

@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import os
 import resource
+import signal
 
 # What the standard library imports only when it is first needed: codecs by name, and what prints a traceback.
 _IMPORTED_LATE = (
@@ -24,7 +25,13 @@ _IMPORTED_LATE = (
     "unicodedata",
 )
 
-_PR_SET_NO_NEW_PRIVS = 38
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def end_with_parent() -> None:
+    """SIGTERM for this process when its parent dies, however that happens (Linux: PR_SET_PDEATHSIG)."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def raise_descriptor_limit() -> None:
@@ -43,8 +50,7 @@ def become(uid: int, gid: int) -> None:
     os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)  # from 0 to another uid: the kernel drops every capability
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
     try:
         os.setuid(0)

@@ -91,8 +91,8 @@ class Keeper:
             log.warning("mount %s was unmounted from outside; it is made anew", mount_id)
             self._unmount(mount_id)
         mount_point = os.path.join(self._mounts_dir, mount_id)
+        _detach_all(mount_point)  # first: a dead mount of a keeper that was killed answers no stat
         os.makedirs(mount_point, mode=0o700, exist_ok=True)
-        _detach_all(mount_point)
         try:
             superblock = open_superblock(mount_point, read_ahead_kb)
         except BaseException:
@@ -202,19 +202,17 @@ def _serve_one(keeper: Keeper, connection: socket.socket, allowed_uids: frozense
         if peer.uid not in allowed_uids:
             raise ControlError(f"keeper: uid {peer.uid} may not ask for mounts")
         fields, reply_fds = keeper.handle(request)
-        wire.send(connection, wire.ok(request, **fields), reply_fds)
-    except OSError as exc:
-        log.warning("client of the keeper (pid %d) went away: %s", peer.pid, exc)
+        reply = wire.ok(request, **fields)
+    except TimeoutError:
+        log.warning("pid %d connected to the keeper and sent nothing", peer.pid)
+        return
     except ModelMountError as exc:
         log.info("refused %s: %s", request.get("op"), exc)
-        _send_failure(connection, request, exc)
+        reply, reply_fds = wire.failed(request, exc), []
     except Exception as exc:  # a bug must not take every mount of the node with it
         log.exception("operation %s failed", request.get("op"))
-        _send_failure(connection, request, exc)
-
-
-def _send_failure(connection: socket.socket, request: wire.Message, error: Exception) -> None:
+        reply, reply_fds = wire.failed(request, exc), []
     try:
-        wire.send(connection, wire.failed(request, error))
+        wire.send(connection, reply, reply_fds)
     except OSError as exc:
-        log.warning("could not answer %s: %s", request.get("op"), exc)
+        log.warning("could not answer %s to pid %d: %s", request.get("op"), peer.pid, exc)

@@ -71,26 +71,20 @@ async def _serve_connection(supervisor: Supervisor, connection: socket.socket, a
             wire.close_all(fds)
             if endpoint.peer_of(connection).uid not in allowed_uids:
                 raise ControlError("supervisor: this user may not ask for mounts")
-            reply, reply_fds = await _handle(supervisor, request)
-            try:
-                wire.send(connection, wire.ok(request, **reply), reply_fds)
-            finally:
-                wire.close_all(reply_fds)
-        except OSError as exc:
-            log.info("client went away during %s: %s", request.get("op"), exc)
+            fields, reply_fds = await _handle(supervisor, request)
+            reply = wire.ok(request, **fields)
         except ModelMountError as exc:
             log.info("refused %s: %s", request.get("op"), exc)
-            _send_failure(connection, request, exc)
+            reply, reply_fds = wire.failed(request, exc), []
         except Exception as exc:
             log.exception("%s failed by a bug", request.get("op"))
-            _send_failure(connection, request, exc)
-
-
-def _send_failure(connection: socket.socket, request: wire.Message, error: Exception) -> None:
-    try:
-        wire.send(connection, wire.failed(request, error))
-    except OSError as exc:
-        log.info("could not answer %s: %s", request.get("op"), exc)
+            reply, reply_fds = wire.failed(request, exc), []
+        try:
+            wire.send(connection, reply, reply_fds)
+        except OSError as exc:
+            log.info("could not answer %s: %s", request.get("op"), exc)
+        finally:
+            wire.close_all(reply_fds)
 
 
 async def _receive(connection: socket.socket) -> tuple[wire.Message, list[int]] | None:

@@ -16,7 +16,7 @@ import grpc
 import pytest
 from fakes.registry import MANIFEST_TYPE, FakeRegistry, Fault, model_manifest
 from registry_process import PASSWORD, USERNAME, RegistryProcess
-from support.node_process import COMMAND, NodeProcess, children_of, mounts_below, publish_request
+from support.node_process import COMMAND, NodeProcess, alive, children_of, mounts_below, publish_request
 
 from csi.wire import csi_pb2, registration_pb2, registration_pb2_grpc
 
@@ -452,6 +452,24 @@ def test_a_mount_that_was_lost_is_made_anew_by_the_next_publish(tmp_path: Path, 
         assert (target / "config.json").read_bytes() == FILES["config.json"]
         node.unpublish(target)
         assert not target.exists()
+
+
+def test_a_killed_parent_takes_its_process_tree_along(tmp_path: Path, model: str) -> None:
+    with NodeProcess(tmp_path, "--spares=0") as node:
+        target = node.target()
+        node.publish(model, target)
+        family = children_of(node.pid)
+        assert len(family) == 5
+        os.kill(node.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while any(alive(pid) for pid in family):
+            assert time.monotonic() < deadline, [pid for pid in family if alive(pid)]
+            time.sleep(0.05)
+        node.stop()
+        node.start()
+        node.publish(model, target)
+        assert (target / "config.json").read_bytes() == FILES["config.json"]
+        node.unpublish(target)
 
 
 def test_a_missing_dev_fuse_is_said_at_the_start(tmp_path: Path) -> None:
