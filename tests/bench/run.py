@@ -119,10 +119,13 @@ def resident_kib(pid: int) -> tuple[int, int]:
     return found["Rss"], found["Pss"]
 
 
-def role_of(pid: int) -> str:
-    """The verb a process was started with."""
+def role_of(pid: int, serving: set[int]) -> str:
+    """The verb a process was started with; a child that serves no mount yet is a spare."""
     arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-    return next((argument for argument in arguments[3:] if not argument.startswith("-")), "?")
+    if "--all-in-one" in arguments:
+        return "process tree parent"
+    verb = next((argument for argument in arguments[3:] if not argument.startswith("-")), "?")
+    return f"spare {verb}" if verb in ("worker", "fetcher") and pid not in serving else verb
 
 
 def measure(directory: Path, tools: Path, size: int, rounds: int) -> list[Row]:
@@ -155,10 +158,10 @@ def measure(directory: Path, tools: Path, size: int, rounds: int) -> list[Row]:
                 warm.append(timed(functools.partial(cat, weights)))
                 segments = sorted((node.data_dir / "cache").rglob("seg-*"))
                 plain.append(timed(functools.partial(cat, *segments)))
-                sizes = {
-                    f"{role_of(pid)} {position}": resident_kib(pid)
-                    for position, pid in enumerate(sorted({node.pid} | children_of(node.pid)))
-                }
+                mount = node.status()[0]
+                serving = {mount["worker_pid"], mount["fetcher_pid"]}
+                pids = sorted({node.pid} | children_of(node.pid))
+                sizes = {role_of(pid, serving): resident_kib(pid) for pid in pids}
                 node.unpublish(target)
             shutil.rmtree(node_directory)
             touch_memory(3 * size)
@@ -179,8 +182,8 @@ def measure(directory: Path, tools: Path, size: int, rounds: int) -> list[Row]:
         Row("second read, FUSE pages dropped", round(gib / statistics.median(warm), 2), "GiB/s"),
     ]
     for name, (rss, pss) in sizes.items():
-        rows.append(Row(f"RSS {name.rpartition(' ')[0]}", round(rss / 1024, 1), "MiB"))
-        rows.append(Row(f"Pss {name.rpartition(' ')[0]}", round(pss / 1024, 1), "MiB"))
+        rows.append(Row(f"RSS {name}", round(rss / 1024, 1), "MiB"))
+        rows.append(Row(f"Pss {name}", round(pss / 1024, 1), "MiB"))
     return rows
 
 
