@@ -19,7 +19,7 @@ from csi.errors import RegistryUnavailableError
 from csi.registry.address_rules import AddressRules
 
 _IDLE_PER_HOST = 8
-# With the kernel's default the receiver is woken for every few segments; 512 KiB halved the sender's CPU (measured).
+# Bounded: saves nginx a third of its CPU; makes no difference to docker-registry (both measured on loopback).
 _RECEIVE_BUFFER_BYTES = 512 * 1024
 _USER_AGENT = "modelmount"
 
