@@ -99,7 +99,7 @@ class FetchEngine:
         self._generation = 0  # counts credential changes; a wait for new credentials ends when it moves
         self._scheduler = Scheduler([spec.size_bytes for spec in specs], self._is_present, fill=settings.fill)
         self._counters = Counters()
-        self._last_demand = 0.0
+        self._last_want = 0.0
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -118,9 +118,9 @@ class FetchEngine:
     def want(self, blob: int, first: int, count: int, priority: Priority) -> None:
         """Ask for blocks. Answers come by callback; blocks that are present get theirs at once."""
         with self._lock:
+            self._last_want = time.monotonic()
             if priority is Priority.DEMAND:
                 self._counters.demanded_blocks += count
-                self._last_demand = time.monotonic()
             self._scheduler.want(blob, first, count, priority)
             self._lock.notify_all()
         for block in range(first, min(first + count, self._writers[blob].block_count)):
@@ -164,7 +164,8 @@ class FetchEngine:
             }
 
     def _readers_wait(self) -> bool:
-        return time.monotonic() - self._last_demand < _HASH_PATIENCE_S
+        """Somebody reads what is not there yet: a demand, or the read-ahead of a reader that is only just fed."""
+        return time.monotonic() - self._last_want < _HASH_PATIENCE_S
 
     def _spawn(self, name: str, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
