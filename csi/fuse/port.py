@@ -78,17 +78,30 @@ class Namespace:
         return entry
 
     def open(self, inode: int, flags: int) -> Entry:
-        """Raises: NoSuchEntryError EISDIR for a directory, EROFS for any kind of writing."""
+        """Raises: NoSuchEntryError EISDIR for a directory, ELOOP for a symlink, EROFS for any kind of writing."""
         entry = self.entry(inode)
         if entry.kind is EntryKind.DIRECTORY:
             raise NoSuchEntryError(errno.EISDIR)
+        if entry.kind is EntryKind.SYMLINK:
+            raise NoSuchEntryError(errno.ELOOP)
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & (os.O_TRUNC | os.O_APPEND):
             raise NoSuchEntryError(errno.EROFS)
         return entry
 
+    def readlink(self, inode: int) -> bytes:
+        """The target of a symlink. Raises: NoSuchEntryError ENOENT, EINVAL for what is no symlink."""
+        entry = self.entry(inode)
+        if entry.kind is not EntryKind.SYMLINK:
+            raise NoSuchEntryError(errno.EINVAL)
+        return entry.target
+
 
 def mode_of(entry: Entry) -> int:
-    """st_mode: 0555 for directories and executables, 0444 for all else; never setuid, setgid or sticky."""
+    """st_mode: 0555 for directories and executables, 0777 for symlinks (nobody looks at it), 0444 for all else; never
+    setuid, setgid or sticky.
+    """
     if entry.kind is EntryKind.DIRECTORY:
         return stat.S_IFDIR | 0o555
+    if entry.kind is EntryKind.SYMLINK:
+        return stat.S_IFLNK | 0o777
     return stat.S_IFREG | (0o555 if entry.executable else 0o444)

@@ -92,6 +92,10 @@ class Pyfuse3Operations(pyfuse3.Operations):
         return _attributes(self._namespace.entry(inode))
 
     @_guard
+    async def readlink(self, inode: int, ctx: Any = None) -> bytes:
+        return self._namespace.readlink(inode)
+
+    @_guard
     async def open(self, inode: int, flags: int, ctx: Any = None) -> pyfuse3.FileInfo:
         return pyfuse3.FileInfo(fh=self._namespace.open(inode, flags).inode, keep_cache=True)
 

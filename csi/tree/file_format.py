@@ -4,13 +4,13 @@ A worker of any later version loads the file it finds and never recomputes it, b
 numbers and open handles across workers. Opening costs one hash over the file; a lookup is a binary search; a
 million entries cost a million records of page cache and no Python objects.
 
-    header   magic "MMTREE", version u16, counts, section offsets, sha256 of everything after the header
+    header   magic "MMTREE", version u16, counts, sum of file sizes, section offsets, sha256 of everything else, 88 bytes
     records  one per inode (inode = position + 1), 64 bytes
-    blobs    one per blob: size, digest algorithm, digest, 80 bytes
-    names    the bytes of all names, one after another
+    blobs    one per blob: sizes, digest, encoding, origin, 96 bytes
+    names    the bytes of all names, targets of symlinks and origins of blobs, one after another
 
 All numbers little endian. A change of the layout is a new version; old versions stay readable while mounts that
-were made with them may live.
+were made with them may live. Version 1 had no symlinks, only IDENTITY blobs (80 bytes) and no sums in its header.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ from collections.abc import Iterator
 
 from csi.errors import ContentError
 from csi.oci.digest import Digest
-from csi.tree.model import BlobSpec, Entry, EntryKind, TreeContent, check
+from csi.tree.model import BlobSpec, Encoding, Entry, EntryKind, TreeContent, check
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b"MMTREE"
-_HEADER = struct.Struct("<6sHQQQQ32s8x")  # magic version entries blobs names_offset size sha256
+_SHA256_BYTES = 32
+_HEADER = struct.Struct("<6sHQQQQQQ32s")  # magic version entries blobs files total_bytes names_offset size sha256
+_HEADER_V1 = struct.Struct("<6sHQQQQ32s8x")  # magic version entries blobs names_offset size sha256
 _RECORD = struct.Struct("<IIIHBBqQiIQIIQ")
-# parent name_offset_low name_offset_high name_len kind executable mtime size blob pad blob_offset first n_children pad
-_BLOB = struct.Struct("<QB7x64s")
+# parent name_offset_low name_offset_high name_len kind executable mtime size blob pad offset first n_children pad
+# offset: of a file, in its decoded blob; of a symlink, of its target in the names
+_BLOB = struct.Struct("<QQQHBB4x64s")  # size decoded_size origin_offset origin_len digest_algorithm encoding digest
+_BLOB_V1 = struct.Struct("<QB7x64s")  # size digest_algorithm digest
 _ALGORITHMS = {1: "sha256", 2: "sha512"}
 _ALGORITHM_CODES = {name: code for code, name in _ALGORITHMS.items()}
 
@@ -40,7 +44,15 @@ def dump(content: TreeContent) -> bytes:
     check(content)
     names = bytearray()
     records = bytearray()
+    files = total_bytes = 0
     for entry in content.entries:
+        offset = entry.blob_offset
+        if entry.kind is EntryKind.FILE:
+            files += 1
+            total_bytes += entry.size_bytes
+        elif entry.kind is EntryKind.SYMLINK:
+            offset = len(names)
+            names += entry.target
         records += _RECORD.pack(
             entry.parent,
             len(names) & 0xFFFFFFFF,
@@ -52,52 +64,79 @@ def dump(content: TreeContent) -> bytes:
             entry.size_bytes,
             entry.blob,
             0,
-            entry.blob_offset,
+            offset,
             entry.first_child,
             entry.child_count,
             0,
         )
         names += entry.name
-    blobs = b"".join(
-        _BLOB.pack(blob.size_bytes, _ALGORITHM_CODES[blob.digest.algorithm], bytes.fromhex(blob.digest.hex))
-        for blob in content.blobs
-    )
-    body = bytes(records) + blobs + bytes(names)
+    blobs = bytearray()
+    for blob in content.blobs:
+        origin = blob.origin.encode()
+        blobs += _BLOB.pack(
+            blob.size_bytes,
+            blob.content_bytes,
+            len(names),
+            len(origin),
+            _ALGORITHM_CODES[blob.digest.algorithm],
+            blob.encoding,
+            bytes.fromhex(blob.digest.hex),
+        )
+        names += origin
     names_offset = _HEADER.size + len(records) + len(blobs)
     header = _HEADER.pack(
         _MAGIC,
         VERSION,
         len(content.entries),
         len(content.blobs),
+        files,
+        total_bytes,
         names_offset,
-        _HEADER.size + len(body),
-        hashlib.sha256(body).digest(),
-    )
-    return header + body
+        names_offset + len(names),
+        bytes(_SHA256_BYTES),
+    )[:-_SHA256_BYTES]
+    digest = hashlib.sha256(header)
+    for part in (records, blobs, names):
+        digest.update(part)
+    return b"".join((header, digest.digest(), records, blobs, names))
 
 
 class Tree:
-    """A tree file in use. Inodes are ints from 1 (the root) to `len(tree)`; all methods are pure look-ups."""
+    """A tree file in use. Inodes are ints from 1 (the root) to `len(tree)`; all methods are pure look-ups.
+
+    `files` is how many files there are, `total_bytes` the sum of their sizes.
+    """
 
     def __init__(self, data: bytes | mmap.mmap) -> None:
-        """Raises: ContentError for another version, a damaged or a foreign file."""
-        view = memoryview(data)
+        """Raises: ContentError for a version this one does not know, a damaged or a foreign file."""
+        self._view = view = memoryview(data)
         if len(view) < _HEADER.size:
             raise ContentError(f"tree file has {len(view)} bytes, fewer than its header; publish the model again")
-        magic, version, entries, blobs, names_offset, size, digest = _HEADER.unpack_from(view)
-        if magic != _MAGIC or version != VERSION:
-            raise ContentError(f"not a tree file of version {VERSION} (magic {magic!r}, version {version})")
-        expected_names = _HEADER.size + entries * _RECORD.size + blobs * _BLOB.size
-        if (
-            size != len(view)
-            or names_offset != expected_names
-            or hashlib.sha256(view[_HEADER.size :]).digest() != digest
-        ):
+        magic, version = struct.unpack_from("<6sH", view)
+        if magic != _MAGIC or version not in (1, VERSION):
+            raise ContentError(f"not a tree file of version {VERSION} or 1 (magic {magic!r}, version {version})")
+        blob_size = _BLOB.size
+        if version == VERSION:
+            self._records_offset = _HEADER.size
+            _, _, entries, blobs, self.files, self.total_bytes, names_offset, size, digest = _HEADER.unpack_from(view)
+            actual = hashlib.sha256(view[: _HEADER.size - _SHA256_BYTES])
+        else:
+            self._records_offset = _HEADER_V1.size
+            _, _, entries, blobs, names_offset, size, digest = _HEADER_V1.unpack_from(view)
+            actual = hashlib.sha256()
+            blob_size = _BLOB_V1.size
+        actual.update(view[self._records_offset :])
+        expected_names = self._records_offset + entries * _RECORD.size + blobs * blob_size
+        if size != len(view) or names_offset != expected_names or actual.digest() != digest:
             raise ContentError("the tree file is damaged (its checksum differs); publish the model again")
-        self._view = view
         self._count = int(entries)
         self._names_offset = int(names_offset)
-        self.blobs = tuple(self._blob(position) for position in range(blobs))
+        blob_at = self._blob if version == VERSION else self._blob_v1
+        blobs_offset = names_offset - blobs * blob_size
+        self.blobs = tuple(blob_at(offset) for offset in range(blobs_offset, names_offset, blob_size))
+        if version == 1:
+            sizes = [entry.size_bytes for _, entry in self.walk_files()]
+            self.files, self.total_bytes = len(sizes), sum(sizes)
 
     @classmethod
     def from_fd(cls, fd: int) -> Tree:
@@ -114,13 +153,15 @@ class Tree:
         """Raises: KeyError for an inode the tree does not have."""
         if inode not in self:
             raise KeyError(inode)
-        (parent, low, high, name_length, kind, executable, mtime, size, blob, _, blob_offset, first, children, _) = (
-            _RECORD.unpack_from(self._view, _HEADER.size + (inode - 1) * _RECORD.size)
+        (parent, low, high, name_length, kind, executable, mtime, size, blob, _, offset, first, children, _) = (
+            _RECORD.unpack_from(self._view, self._records_offset + (inode - 1) * _RECORD.size)
         )
-        start = self._names_offset + (high << 32 | low)
-        name = bytes(self._view[start : start + name_length])
+        name = self._text(high << 32 | low, name_length)
+        target = b""
+        if kind == EntryKind.SYMLINK:
+            target, offset = self._text(offset, size), 0
         return Entry(
-            inode, parent, EntryKind(kind), name, bool(executable), mtime, size, blob, blob_offset, first, children
+            inode, parent, EntryKind(kind), name, bool(executable), mtime, size, blob, offset, first, children, target
         )
 
     def lookup(self, parent: int, name: bytes) -> Entry | None:
@@ -144,7 +185,7 @@ class Tree:
         for child in range(directory.first_child + start, directory.first_child + directory.child_count):
             yield self.entry(child)
 
-    def files(self) -> Iterator[tuple[str, Entry]]:
+    def walk_files(self) -> Iterator[tuple[str, Entry]]:
         """Every file with its path, in inode order."""
         for inode in range(1, self._count + 1):
             entry = self.entry(inode)
@@ -160,14 +201,26 @@ class Tree:
             inode = entry.parent
         return b"/".join(reversed(parts)).decode()
 
-    @property
-    def total_bytes(self) -> int:
-        """The sizes of all files."""
-        return sum(entry.size_bytes for _, entry in self.files())
+    def _text(self, offset: int, length: int) -> bytes:
+        """Of the names section."""
+        start = self._names_offset + offset
+        return bytes(self._view[start : start + length])
 
-    def _blob(self, position: int) -> BlobSpec:
-        offset = _HEADER.size + self._count * _RECORD.size + position * _BLOB.size
-        size, code, digest = _BLOB.unpack_from(self._view, offset)
-        algorithm = _ALGORITHMS[code]
-        length = 32 if algorithm == "sha256" else 64
-        return BlobSpec(Digest(algorithm, digest[:length].hex()), size)
+    def _blob(self, offset: int) -> BlobSpec:
+        size, decoded, origin_offset, origin_length, algorithm, encoding, digest = _BLOB.unpack_from(self._view, offset)
+        return BlobSpec(
+            _digest(algorithm, digest),
+            size,
+            Encoding(encoding),
+            decoded if encoding else None,
+            self._text(origin_offset, origin_length).decode(),
+        )
+
+    def _blob_v1(self, offset: int) -> BlobSpec:
+        size, algorithm, digest = _BLOB_V1.unpack_from(self._view, offset)
+        return BlobSpec(_digest(algorithm, digest), size)
+
+
+def _digest(code: int, value: bytes) -> Digest:
+    algorithm = _ALGORITHMS[code]
+    return Digest(algorithm, value[: 32 if algorithm == "sha256" else 64].hex())

@@ -15,6 +15,8 @@ from csi.errors import UnsupportedModelError
 from csi.oci.digest import Digest
 
 ROOT_INODE = 1
+MAX_TARGET_BYTES = 4096
+"""PATH_MAX of Linux, which counts the terminating NUL."""
 
 
 class EntryKind(IntEnum):
@@ -22,19 +24,46 @@ class EntryKind(IntEnum):
 
     DIRECTORY = 1
     FILE = 2
+    SYMLINK = 3
+
+
+class Encoding(IntEnum):
+    """How the bytes that files are made of are stored in a blob."""
+
+    IDENTITY = 0
+    GZIP = 1
+    ZSTD = 2
 
 
 @dataclass(frozen=True, slots=True)
 class BlobSpec:
-    """A blob that files lie in."""
+    """A blob that files lie in. `digest` and `size_bytes` are of what the registry stores.
+
+    Files lie in the *decoded* blob, which has `decoded_bytes` (None with IDENTITY: nothing is decoded). `origin` is the
+    `registry/repository` that has the blob; empty for the one the model itself comes from.
+    """
 
     digest: Digest
     size_bytes: int
+    encoding: Encoding = Encoding.IDENTITY
+    decoded_bytes: int | None = None
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.encoding is Encoding.IDENTITY) != (self.decoded_bytes is None):
+            raise ValueError(f"blob {self.digest.short()}: {self.encoding.name} with decoded size {self.decoded_bytes}")
+
+    @property
+    def content_bytes(self) -> int:
+        """The size of the space that files lie in."""
+        return self.size_bytes if self.decoded_bytes is None else self.decoded_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class TreeFile:
-    """A file to be: `length` bytes from `offset` of `blob`. `path` is relative, checked by `csi.oci.paths`."""
+    """A file to be: `length` bytes from `offset` of what `blob` decodes to. `path` is relative, checked by
+    `csi.oci.paths`.
+    """
 
     path: str
     blob: BlobSpec
@@ -45,8 +74,19 @@ class TreeFile:
 
 
 @dataclass(frozen=True, slots=True)
+class TreeSymlink:
+    """A symbolic link to be. `target` is what readlink(2) gives; `csi.tree.assemble` decides which may exist."""
+
+    path: str
+    target: str
+    mtime_s: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """One inode. `blob` is an index into the tree's blobs, -1 for a directory; children are a range of inodes."""
+    """One inode. `blob` is an index into the tree's blobs, -1 but for files; children are a range of inodes; `target`
+    is a symlink's, and `size_bytes` its length.
+    """
 
     inode: int
     parent: int
@@ -59,6 +99,7 @@ class Entry:
     blob_offset: int = 0
     first_child: int = 0
     child_count: int = 0
+    target: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +113,19 @@ class TreeContent:
 @dataclass(slots=True)
 class _Directory:
     parent: int = ROOT_INODE
-    children: dict[bytes, _Directory | TreeFile] = field(default_factory=dict)
+    children: dict[bytes, _Directory | TreeFile | TreeSymlink] = field(default_factory=dict)
 
 
-def build(files: Iterable[TreeFile]) -> TreeContent:
+def build(files: Iterable[TreeFile | TreeSymlink]) -> TreeContent:
     """Raises: UnsupportedModelError when a path is both file and directory, or named twice."""
     root = _Directory()
     blobs: dict[BlobSpec, int] = {}
     for file in files:
         _insert(root, file)
-        blobs.setdefault(file.blob, len(blobs))
+        if isinstance(file, TreeFile):
+            blobs.setdefault(file.blob, len(blobs))
     entries: list[Entry] = []
-    queue: list[tuple[bytes, int, _Directory | TreeFile]] = [(b"", ROOT_INODE, root)]
+    queue: list[tuple[bytes, int, _Directory | TreeFile | TreeSymlink]] = [(b"", ROOT_INODE, root)]
     # `queue` grows while it is walked: an entry's place in it is its inode.
     for position, (name, parent, node) in enumerate(queue):
         inode = position + 1
@@ -102,6 +144,20 @@ def build(files: Iterable[TreeFile]) -> TreeContent:
                 )
             )
             continue
+        if isinstance(node, TreeSymlink):
+            target = node.target.encode()
+            entries.append(
+                Entry(
+                    inode,
+                    parent,
+                    EntryKind.SYMLINK,
+                    name,
+                    mtime_s=node.mtime_s,
+                    size_bytes=len(target),
+                    target=target,
+                )
+            )
+            continue
         entries.append(
             Entry(
                 inode,
@@ -116,11 +172,13 @@ def build(files: Iterable[TreeFile]) -> TreeContent:
     return TreeContent(tuple(entries), tuple(blobs))
 
 
-def _insert(root: _Directory, file: TreeFile) -> None:
-    if file.offset < 0 or file.length < 0 or file.offset + file.length > file.blob.size_bytes:
+def _insert(root: _Directory, file: TreeFile | TreeSymlink) -> None:
+    if isinstance(file, TreeFile) and (
+        file.offset < 0 or file.length < 0 or file.offset + file.length > file.blob.content_bytes
+    ):
         raise UnsupportedModelError(
             f"file {file.path!r} lies outside its blob {file.blob.digest.short()}: bytes {file.offset} to "
-            f"{file.offset + file.length} of {file.blob.size_bytes}",
+            f"{file.offset + file.length} of {file.blob.content_bytes}",
             path=file.path,
         )
     directory = root
@@ -151,8 +209,12 @@ def check(content: TreeContent) -> None:
         if entry.kind is EntryKind.FILE:
             if not 0 <= entry.blob < len(content.blobs):
                 raise ValueError(f"inode {entry.inode}: no blob {entry.blob}")
-            if entry.blob_offset + entry.size_bytes > content.blobs[entry.blob].size_bytes:
+            if entry.blob_offset + entry.size_bytes > content.blobs[entry.blob].content_bytes:
                 raise ValueError(f"inode {entry.inode}: lies outside its blob")
+            continue
+        if entry.kind is EntryKind.SYMLINK:
+            if not 0 < len(entry.target) == entry.size_bytes < MAX_TARGET_BYTES or b"\0" in entry.target:
+                raise ValueError(f"inode {entry.inode}: {entry.size_bytes} bytes cannot be the target of a link")
             continue
         last_child = entry.first_child + entry.child_count - 1
         if entry.child_count and not entry.inode < entry.first_child <= last_child <= count:

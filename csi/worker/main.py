@@ -134,8 +134,9 @@ class Worker:
         tree = Tree(content)
         tree_fd = wire.memfd("tree", content)
         try:
-            files = sum(1 for _ in tree.files())
-            self._reply(wire.ok(request, files=files, total_bytes=tree.total_bytes, blobs=len(tree.blobs)), [tree_fd])
+            self._reply(
+                wire.ok(request, files=tree.files, total_bytes=tree.total_bytes, blobs=len(tree.blobs)), [tree_fd]
+            )
         finally:
             os.close(tree_fd)
 
