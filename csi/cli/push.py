@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from csi.cli import login
 from csi.errors import InvalidVolumeError, UnsupportedModelError
-from csi.oci.digest import Digest
+from csi.integrity import index
+from csi.integrity.index import BlobHashes
 from csi.oci.modelpack import ModelDescription, PackedModel, SourceFile, pack
 from csi.oci.paths import check_member_path
 from csi.oci.reference import Reference
@@ -33,8 +33,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "push",
         help="push model files to a registry",
-        description="Push a directory (or one file) as a CNCF ModelPack artifact: one uncompressed layer per file, the "
-        "same digest for the same files. Files the repository has already are not sent again. Hidden files are left out.",
+        description="Push a directory (or one file) as a CNCF ModelPack artifact: one uncompressed layer per file, and a "
+        "block index so that every byte can be checked before it is read. The same files get the same digest. Files the "
+        "repository has already are not sent again. Hidden files are left out.",
         epilog="Prints the pinned reference, ready for a volume's 'reference' attribute.",
     )
     parser.add_argument("source", metavar="SOURCE", help="a directory of model files, or one file")
@@ -85,7 +86,11 @@ def run(args: argparse.Namespace) -> int:
     progress = _Progress()
     disk_paths = {file.path: file.disk_path for file in found}
     try:
-        model = pack([_hash(file, progress) for file in found], description)
+        hashed = [_hash(file, progress) for file in found]
+        sources = [
+            SourceFile(file.path, blob.digest, blob.size_bytes) for file, blob in zip(found, hashed, strict=True)
+        ]
+        model = pack(sources, description, index.dump(hashed))
         progress.start(sum(file.size_bytes for file in model.files))
         states: Mapping[str, str] = {}
         if not args.dry_run:
@@ -147,12 +152,11 @@ def _unreadable(error: OSError) -> None:
     raise UnsupportedModelError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
-def _hash(file: FoundFile, progress: _Progress) -> SourceFile:
+def _hash(file: FoundFile, progress: _Progress) -> BlobHashes:
     progress.hashing(file.path)
     try:
-        with open(file.disk_path, "rb") as opened:
-            digest = Digest("sha256", hashlib.file_digest(opened, "sha256").hexdigest())
-            return SourceFile(file.path, digest, opened.tell())
+        with open(file.disk_path, "rb", buffering=0) as opened:
+            return index.hash_file(opened)
     except OSError as exc:
         raise UnsupportedModelError(f"{file.disk_path}: cannot be read: {exc.strerror}") from exc
 

@@ -30,6 +30,8 @@ _FILEPATHS = (FILEPATH, "org.cnai.model.filepath")
 _METADATAS = (METADATA, "org.cnai.model.file.metadata+json", "org.cnai.model.file.metadata")
 _CATEGORIES = ("weight.config", "weight", "doc", "code", "dataset")
 _HIDDEN_DIRECTORY = ".modelmount"
+INDEX_PATH = f"{_HIDDEN_DIRECTORY}/index.v1.pb"
+"""The file path of the layer that is the model's block index."""
 _MAX_METADATA_BYTES = 64 * 1024
 _MAX_SHOWN_TYPES = 8
 _MTIME_LIMIT_S = 2**40  # beyond the year 36000 a producer is joking
@@ -85,6 +87,19 @@ def files_of(manifest: Manifest) -> tuple[ModelFile, ...]:
         raise UnsupportedModelError("the model has no files")
     _refuse_file_directory_conflicts(files)
     return tuple(files.values())
+
+
+def index_layer_of(manifest: Manifest) -> Descriptor | None:
+    """The layer that is the model's block index, if it has one.
+
+    Raises: UnsupportedModelError when it has two.
+    """
+    found = {layer.digest: layer for layer in manifest.layers if layer.annotations.get(FILEPATH) == INDEX_PATH}
+    if len(found) > 1:
+        raise UnsupportedModelError(
+            f"the model has {len(found)} layers {INDEX_PATH}, expected one; push the model again", path=INDEX_PATH
+        )
+    return next(iter(found.values()), None)
 
 
 def _refuse_file_directory_conflicts(paths: Iterable[str]) -> None:
@@ -224,13 +239,17 @@ class ModelDescription:
 
 @dataclass(frozen=True, slots=True)
 class PackedModel:
-    """The bytes of a model's config and manifest, and the descriptors they hang on. `files[i]` is `layers[i]`."""
+    """The bytes of a model's config, block index and manifest, and the descriptors they hang on. `files[i]` is
+    `layers[i]`; the index is one more layer, after them.
+    """
 
     config: bytes
     manifest: bytes
     config_descriptor: Descriptor
     layers: tuple[Descriptor, ...]
     files: tuple[SourceFile, ...]
+    index: bytes = b""
+    index_layer: Descriptor | None = None
 
     @property
     def digest(self) -> Digest:
@@ -272,25 +291,28 @@ def classify(path: str, size_bytes: int) -> str:
     return "weight" if size_bytes > _LARGE_BYTES else "weight.config"
 
 
-def pack(files: Sequence[SourceFile], description: ModelDescription) -> PackedModel:
-    """A deterministic model: small files before weights, each group in path order, one raw layer per file.
+def pack(files: Sequence[SourceFile], description: ModelDescription, index: bytes = b"") -> PackedModel:
+    """A deterministic model: small files before weights, each group in path order, one raw layer per file, and the
+    block index (see `csi.integrity`) as the last one, unless there is none.
 
     Raises: UnsupportedModelError for no files, too many, or a name that could not be mounted; InvalidVolumeError for
     a description that is not text.
     """
     if not files:
         raise UnsupportedModelError("there are no files to pack")
-    if len(files) > MAX_LAYERS:
-        raise UnsupportedModelError(f"{len(files)} files to pack, the limit is {MAX_LAYERS}")
+    if len(files) + bool(index) > MAX_LAYERS:
+        raise UnsupportedModelError(f"{len(files)} files to pack, the limit is {MAX_LAYERS - bool(index)}")
     _refuse_unmountable_names(files)
     categories = {file.path: classify(file.path, file.size_bytes) for file in files}
     ordered = tuple(sorted(files, key=lambda file: (categories[file.path] == "weight", file.path)))
     layers = tuple(_layer(file, categories[file.path]) for file in ordered)
+    index_layer = _layer(SourceFile(INDEX_PATH, Digest.of(index), len(index)), "doc") if index else None
+    all_layers = [*layers, index_layer] if index_layer else layers
     config = _canonical(
         {
             "descriptor": description.to_config(),
             "config": {},
-            "modelfs": {"type": "layers", "diffIds": [str(layer.digest) for layer in layers]},
+            "modelfs": {"type": "layers", "diffIds": [str(layer.digest) for layer in all_layers]},
         }
     )
     config_descriptor = Descriptor(CONFIG_TYPE, Digest.of(config), len(config))
@@ -299,7 +321,7 @@ def pack(files: Sequence[SourceFile], description: ModelDescription) -> PackedMo
         "mediaType": OCI_MANIFEST,
         "artifactType": ARTIFACT_TYPE,
         "config": _to_json(config_descriptor),
-        "layers": [_to_json(layer) for layer in layers],
+        "layers": [_to_json(layer) for layer in all_layers],
     }
     if description.annotations:
         document["annotations"] = dict(description.annotations)
@@ -309,7 +331,7 @@ def pack(files: Sequence[SourceFile], description: ModelDescription) -> PackedMo
             f"the manifest of {len(files)} files would have {len(manifest)} bytes, and registries accept "
             f"{MAX_MANIFEST_BYTES}; push fewer files (shards of 2 to 5 GB serve best) or shorter names"
         )
-    return PackedModel(config, manifest, config_descriptor, layers, ordered)
+    return PackedModel(config, manifest, config_descriptor, layers, ordered, index, index_layer)
 
 
 def _refuse_unmountable_names(files: Sequence[SourceFile]) -> None:

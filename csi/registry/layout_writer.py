@@ -69,6 +69,8 @@ class LayoutWriter:
         with self._errors(), self._locked():
             index = self._read_index()
             self._write(self._blob_path(model.config_descriptor.digest), model.config)
+            if model.index_layer is not None:
+                self._write(self._blob_path(model.index_layer.digest), model.index)
             self._write(self._blob_path(model.digest), model.manifest)
             entry = {
                 "mediaType": OCI_MANIFEST,

@@ -52,7 +52,7 @@ class ModelSink(Protocol):
         """
 
     def finish(self, model: PackedModel, tag: str) -> None:
-        """Store config and manifest, and name the manifest `tag`. Call it once every layer is there.
+        """Store config, block index and manifest, and name the manifest `tag`. Call it once every file is there.
 
         Raises: RegistryError, DigestMismatchError.
         """

@@ -130,6 +130,8 @@ class ModelUploader:
     def finish(self, model: PackedModel, tag: str) -> None:
         """See `ModelSink`. The manifest goes there under its digest first, so that the tag never names half a push."""
         self._put_blob(model.config_descriptor, model.config, "config")
+        if model.index_layer is not None:
+            self._put_blob(model.index_layer, model.index, "block index")
         for name in (str(model.digest), tag):
             self._renew_old_token()
             url = f"{self._oras.prefix}://{self._container.manifest_url(name)}"

@@ -16,6 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "wire": set(),
     "tree": {"oci"},
     "stream": {"oci"},
+    "integrity": {"stream", "oci", "wire"},
     "control": {"oci"},
     "observe": set(),
     "jail": set(),
@@ -28,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "supervisor": {"cache", "control", "fuse", "oci"},
     "driver": {"cache", "control", "oci", "wire"},
     "cli": {
-        "driver", "supervisor", "worker", "fetcher", "keeper", "control", "registry", "observe", "jail", "oci",
+        "driver", "supervisor", "worker", "fetcher", "keeper", "control", "registry", "integrity", "observe", "jail", "oci",
     },
 }  # fmt: skip
 
@@ -38,7 +39,8 @@ VALUES: dict[str, set[str]] = {"errors": set(), "mountinfo": set(), "volume": {"
 # third-party module → the only packages that may import it
 ONLY_IN: dict[str, set[str]] = {
     "grpc": {"driver", "wire"},
-    "google": {"wire"},
+    "google": {"wire", "integrity"},
+    "blake3": {"integrity"},
     "pyfuse3": {"fuse"},
     "trio": {"fuse", "worker"},
     "requests": {"registry"},

@@ -18,7 +18,10 @@ from csi.cli import push
 from csi.cli.main import main
 from csi.cli.push import find_files
 from csi.errors import UnsupportedModelError
-from csi.oci.modelpack import pack
+from csi.integrity import index
+from csi.oci.digest import Digest
+from csi.oci.manifest import parse_manifest
+from csi.oci.modelpack import index_layer_of, pack
 
 
 @pytest.fixture
@@ -115,6 +118,18 @@ def test_json_output_is_one_stable_object(call: Call, model: Path, tmp_path: Pat
         "pushed_bytes": 0,
         "files": [{**file, "state": "exists"} for file in value["files"]],
     }
+
+
+def test_a_pushed_model_carries_a_block_index_of_every_file(call: Call, model: Path, tmp_path: Path) -> None:
+    digest = call(model, f"oci-layout:{tmp_path}/l", "--output", "json").json["digest"]
+    blobs = tmp_path / "l/blobs/sha256"
+    manifest = parse_manifest((blobs / digest.removeprefix("sha256:")).read_bytes())
+    layer = index_layer_of(manifest)
+    assert layer is not None
+    found = index.load((blobs / layer.digest.hex).read_bytes(), index.file_layers(manifest.layers, layer), "index")
+    for path in _PATHS:
+        content = (model / path).read_bytes()
+        assert found[Digest.of(content)].is_right(0, content)
 
 
 def test_no_tag_is_latest_and_times_and_modes_do_not_matter(call: Call, model: Path, tmp_path: Path) -> None:
