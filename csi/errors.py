@@ -2,6 +2,8 @@
 
     ModelMountError
     ├── InvalidVolumeError          the request itself is wrong (field named)
+    ├── VolumeTooSmallError         the model is larger than the volume may be
+    ├── VolumeNotFoundError         no such volume, or not there
     ├── VolumeConflictError         published already, differently
     ├── OperationPendingError       the same volume or target is being worked on
     ├── RegistryError
@@ -49,8 +51,16 @@ class InvalidVolumeError(ModelMountError):
     """A field of the request is missing or malformed. Fields: `field`."""
 
 
+class VolumeTooSmallError(ModelMountError):
+    """The model does not fit the limit the volume was asked with. Fields: `limit_bytes`, `size_bytes`."""
+
+
+class VolumeNotFoundError(ModelMountError):
+    """No such volume, or it is not published there. Fields: `volume_id`."""
+
+
 class VolumeConflictError(ModelMountError):
-    """The target is published already with other arguments. Fields: `target_path`."""
+    """The target is published, or the volume made, already with other arguments. Fields: `target_path`, `volume_id`."""
 
 
 class OperationPendingError(ModelMountError):

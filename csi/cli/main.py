@@ -18,6 +18,7 @@ _VERBS = {
     "umount": "csi.cli.mount",
     "status": "csi.cli.status",
     "node": "csi.cli.node",
+    "controller": "csi.cli.controller",
     "keeper": "csi.cli.keeper",
     "supervisor": "csi.cli.supervisor",
     "worker": "csi.cli.child",

@@ -43,6 +43,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--target-root", action="append", metavar="DIR", help="with --all-in-one: see 'modelmount keeper --help'"
     )
+    parser.add_argument(
+        "--with-controller",
+        action="store_true",
+        help="serve the Controller service at the same socket too, its volumes kept as files below --data-dir; for one "
+        "node without Kubernetes (in a cluster run 'modelmount controller')",
+    )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     supervisor.add_flags(parser)
     parser.set_defaults(run=run)
@@ -62,6 +68,11 @@ def run(args: argparse.Namespace) -> int:
 
     from csi.driver.server import NodeSettings, serve
 
+    provisioner = None
+    if args.with_controller:
+        from csi.cli.controller import make_provisioner
+
+        provisioner = make_provisioner(os.path.join(args.data_dir, "volumes"), None, args.plain_http_host)
     asyncio.run(
         serve(
             NodeSettings(
@@ -72,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
                 version=version("modelmount"),
                 registration_dir=args.registration_dir,
                 kubelet_endpoint=args.kubelet_endpoint,
-            )
+            ),
+            provisioner,
         )
     )
     return 0

@@ -5,10 +5,11 @@ A handler parses its request, calls one core method, and maps the result. Messag
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import grpc
@@ -49,6 +50,25 @@ def rpc(
         return reply
 
     return handled
+
+
+class ToTheEnd:
+    """Work that a caller's deadline does not cancel: its next call finds it done, or in progress."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Future[Any]] = set()
+
+    async def run(self, work: Coroutine[Any, Any, _Reply]) -> _Reply:
+        """The result, for a caller that waits long enough."""
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._finished)
+        return await asyncio.shield(task)
+
+    def _finished(self, task: asyncio.Future[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.debug("work ended with %s: %s", type(error).__name__, error)
 
 
 def required_id(value: str, field: str) -> str:

@@ -13,11 +13,12 @@ DRIVER_NAME = "csi.modelmount.dev"
 
 
 class IdentityService(csi_pb2_grpc.IdentityServicer):
-    """`is_ready` must answer from memory."""
+    """`is_ready` must answer from memory. `with_controller`: the Controller service is at the same socket."""
 
-    def __init__(self, version: str, is_ready: Callable[[], bool]) -> None:
+    def __init__(self, version: str, is_ready: Callable[[], bool], *, with_controller: bool = False) -> None:
         self._version = version
         self._is_ready = is_ready
+        self._with_controller = with_controller
 
     @rpc
     async def GetPluginInfo(
@@ -29,7 +30,11 @@ class IdentityService(csi_pb2_grpc.IdentityServicer):
     async def GetPluginCapabilities(
         self, request: csi_pb2.GetPluginCapabilitiesRequest, context: grpc.aio.ServicerContext
     ) -> csi_pb2.GetPluginCapabilitiesResponse:
-        return csi_pb2.GetPluginCapabilitiesResponse()
+        service = csi_pb2.PluginCapability.Service
+        offered = [service.CONTROLLER_SERVICE] if self._with_controller else []
+        return csi_pb2.GetPluginCapabilitiesResponse(
+            capabilities=[csi_pb2.PluginCapability(service=service(type=kind)) for kind in offered]
+        )
 
     @rpc
     async def Probe(self, request: csi_pb2.ProbeRequest, context: grpc.aio.ServicerContext) -> csi_pb2.ProbeResponse:

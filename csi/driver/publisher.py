@@ -14,15 +14,14 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from weakref import WeakValueDictionary
 
 from csi import mountinfo
 from csi.control.keeper import KeeperClient
 from csi.control.supervisor import LeasedMount, SupervisorClient
+from csi.driver.locks import NamedLocks
 from csi.driver.records import Pins, Publication, Publications
-from csi.errors import ControlError, ModelMountError, OperationPendingError, VolumeConflictError
+from csi.errors import ControlError, ModelMountError, VolumeConflictError
 from csi.volume import VolumeAttributes
 
 log = logging.getLogger(__name__)
@@ -55,8 +54,7 @@ class Publisher:
         self._keeper, self._supervisor = keeper, supervisor
         self._publications, self._pins = publications, pins
         self._boot_id = boot_id
-        # Weak: a lock lives while somebody holds it or waits for it.
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._locks = NamedLocks("target")
 
     async def recover(self) -> None:
         """After a start: tell the supervisor which leases are still ours."""
@@ -70,7 +68,7 @@ class Publisher:
         target is as it was before. For a target that is published already only retryable errors are raised: a final
         one would make kubelet take down a live pod's volume.
         """
-        async with self._target_lock(request.target_path, patience_s=0):
+        async with self._locks.held(request.target_path):
             before = self._publications.get(request.target_path)
             if before is None:
                 return await self._publish_first(request)
@@ -92,7 +90,7 @@ class Publisher:
 
         Raises: OperationPendingError, MountError (something that is not ours is in the way), ControlError.
         """
-        async with self._target_lock(target_path, patience_s=_UNPUBLISH_PATIENCE_S):
+        async with self._locks.held(target_path, _UNPUBLISH_PATIENCE_S):
             await asyncio.to_thread(self._keeper.unbind, target_path)
             await asyncio.to_thread(self._supervisor.release, target_path)
             self._publications.remove(target_path)
@@ -165,30 +163,6 @@ class Publisher:
             self._pins.remove(request.volume_id)
         with contextlib.suppress(ModelMountError):
             await asyncio.to_thread(self._supervisor.release, request.target_path)
-
-    @contextlib.asynccontextmanager
-    async def _target_lock(self, target_path: str, patience_s: float) -> AsyncIterator[None]:
-        lock = self._locks.get(target_path)
-        if lock is None:
-            lock = self._locks[target_path] = asyncio.Lock()
-        if patience_s <= 0 and lock.locked():
-            raise _pending(target_path)
-        try:
-            async with asyncio.timeout(patience_s or None):
-                await lock.acquire()
-        except TimeoutError:
-            raise _pending(target_path) from None
-        try:
-            yield
-        finally:
-            lock.release()
-
-
-def _pending(target_path: str) -> OperationPendingError:
-    return OperationPendingError(
-        f"target {target_path}: another call is working on it; it will be done when you call again",
-        target_path=target_path,
-    )
 
 
 def _shows(target_path: str, device: str) -> bool:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,17 +70,13 @@ class Publications:
 
     def put(self, publication: Publication) -> None:
         """Durable when it returns."""
-        _store(self._path(publication.target_path), asdict(publication))
+        store_record(self._directory, publication.target_path, asdict(publication))
         self._by_target[publication.target_path] = publication
 
     def remove(self, target_path: str) -> None:
         """No such publication: nothing to do."""
         self._by_target.pop(target_path, None)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path(target_path))
-
-    def _path(self, target_path: str) -> str:
-        return os.path.join(self._directory, _name(target_path))
+        remove_record(self._directory, target_path)
 
 
 class Pins:
@@ -91,25 +88,48 @@ class Pins:
 
     def get(self, volume_id: str) -> Digest | None:
         """The digest this volume is pinned to."""
-        record = _load(self._path(volume_id))
+        record = load_record(self._directory, volume_id)
         return Digest.parse(str(record["digest"])) if record else None
 
     def put(self, volume_id: str, digest: Digest) -> None:
         """Durable when it returns."""
-        _store(self._path(volume_id), {"volume_id": volume_id, "digest": str(digest)})
+        store_record(self._directory, volume_id, {"volume_id": volume_id, "digest": str(digest)})
 
     def remove(self, volume_id: str) -> None:
         """No such pin: nothing to do."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path(volume_id))
-
-    def _path(self, volume_id: str) -> str:
-        return os.path.join(self._directory, _name(volume_id))
+        remove_record(self._directory, volume_id)
 
 
-def _name(text: str) -> str:
+def load_record(directory: str, name: str) -> dict[str, Any] | None:
+    """The record called `name` in that directory; None when there is none, or nothing that can be read."""
+    return _load(_path(directory, name))
+
+
+def store_record(directory: str, name: str, record: Mapping[str, Any]) -> None:
+    """Durable when it returns."""
+    path = _path(directory, name)
+    temporary = path + ".tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(record, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory_fd)
+    finally:
+        os.close(directory_fd)
+
+
+def remove_record(directory: str, name: str) -> None:
+    """No such record: nothing to do."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(_path(directory, name))
+
+
+def _path(directory: str, name: str) -> str:
     """Ids and paths come from outside and never become part of a path as they are."""
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest() + ".json"
+    return os.path.join(directory, hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest() + ".json")
 
 
 def _load(path: str) -> dict[str, Any] | None:
@@ -122,17 +142,3 @@ def _load(path: str) -> dict[str, Any] | None:
         log.warning("record %s is unreadable and ignored: %s", os.path.basename(path), exc)
         return None
     return value if isinstance(value, dict) else None
-
-
-def _store(path: str, record: dict[str, Any]) -> None:
-    temporary = path + ".tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(record, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory_fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory_fd)
-    finally:
-        os.close(directory_fd)

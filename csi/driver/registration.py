@@ -49,19 +49,25 @@ class Registration:
     """The running service. `stop` removes the socket, which is how kubelet learns that the plugin is gone."""
 
     def __init__(self, directory: str, endpoint: str) -> None:
-        self._path = short_enough(os.path.join(directory, f"{DRIVER_NAME}-reg.sock"))
+        self._path = os.path.join(directory, f"{DRIVER_NAME}-reg.sock")
+        self._hidden_path = short_enough(os.path.join(directory, f".{DRIVER_NAME}-reg.sock"))
         self._server = grpc.aio.server()
         registration_pb2_grpc.add_RegistrationServicer_to_server(RegistrationService(endpoint), self._server)
 
     async def start(self) -> None:
-        """Raises: ControlError when another process registers the same driver."""
+        """The socket appears under its name when it answers: kubelet calls at once, and passes over hidden files.
+
+        Raises: ControlError when another process registers the same driver.
+        """
         clear_socket(self._path)
+        clear_socket(self._hidden_path)
         old_umask = os.umask(0o177)
         try:
-            self._server.add_insecure_port(f"unix:{self._path}")
+            self._server.add_insecure_port(f"unix:{self._hidden_path}")
             await self._server.start()
         finally:
             os.umask(old_umask)
+        os.rename(self._hidden_path, self._path)
 
     async def stop(self) -> None:
         """Remove the socket first: a successor may register at once."""

@@ -1,4 +1,4 @@
-"""The gRPC server on the CSI socket. The socket first, recovery after: kubelet's registrar waits one second."""
+"""The gRPC servers on the CSI sockets. The socket first, recovery after: kubelet's registrar waits one second."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import grpc
 from csi.cache.blob import this_boot
 from csi.control.keeper import KeeperClient
 from csi.control.supervisor import SupervisorClient
+from csi.driver.controller import ControllerService
 from csi.driver.identity import IdentityService
 from csi.driver.node import NodeService
+from csi.driver.provisioner import Provisioner
 from csi.driver.publisher import Publisher
 from csi.driver.records import Pins, Publications
 from csi.driver.registration import Registration
@@ -57,39 +59,69 @@ def open_publisher(state_dir: str, data_dir: str) -> Publisher:
     )
 
 
-async def serve(settings: NodeSettings) -> None:
-    """Serve until SIGTERM or SIGINT. Publications stay."""
+async def serve(settings: NodeSettings, provisioner: Provisioner | None = None) -> None:
+    """Serve Identity and Node, and Controller where there is a provisioner, until SIGTERM or SIGINT. Publications stay."""
     path = endpoint_path(settings.endpoint)
     clear_socket(path)
     publisher = open_publisher(settings.state_dir, settings.data_dir)
     recovered = asyncio.Event()
     server = grpc.aio.server()
-    csi_pb2_grpc.add_IdentityServicer_to_server(IdentityService(settings.version, recovered.is_set), server)
+    identity = IdentityService(settings.version, recovered.is_set, with_controller=provisioner is not None)
+    csi_pb2_grpc.add_IdentityServicer_to_server(identity, server)
     csi_pb2_grpc.add_NodeServicer_to_server(NodeService(settings.node_id, publisher), server)
+    if provisioner is not None:
+        csi_pb2_grpc.add_ControllerServicer_to_server(ControllerService(provisioner), server)
+    await _listen(server, path)
+    log.info("CSI node service at %s", path)
+    registration = None
+    if settings.registration_dir is not None:
+        registration = Registration(settings.registration_dir, settings.kubelet_endpoint or path)
+        await registration.start()
+    recovery = asyncio.create_task(_recover(publisher, recovered))
+    try:
+        await _told_to_stop()
+    finally:
+        recovery.cancel()
+        if registration is not None:
+            await registration.stop()
+        await _stop(server, path)
+
+
+async def serve_controller(endpoint: str, version: str, provisioner: Provisioner) -> None:
+    """Serve Identity and Controller until SIGTERM or SIGINT."""
+    path = endpoint_path(endpoint)
+    clear_socket(path)
+    server = grpc.aio.server()
+    csi_pb2_grpc.add_IdentityServicer_to_server(IdentityService(version, lambda: True, with_controller=True), server)
+    csi_pb2_grpc.add_ControllerServicer_to_server(ControllerService(provisioner), server)
+    await _listen(server, path)
+    log.info("CSI controller service at %s", path)
+    try:
+        await _told_to_stop()
+    finally:
+        await _stop(server, path)
+
+
+async def _listen(server: grpc.aio.Server, path: str) -> None:
     old_umask = os.umask(0o177)
     try:
         server.add_insecure_port(f"unix:{path}")
         await server.start()
     finally:
         os.umask(old_umask)
-    log.info("CSI node service at %s", path)
-    registration = None
-    if settings.registration_dir is not None:
-        registration = Registration(settings.registration_dir, settings.kubelet_endpoint or path)
-        await registration.start()
+
+
+async def _told_to_stop() -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    recovery = asyncio.create_task(_recover(publisher, recovered))
-    try:
-        await stop.wait()
-    finally:
-        recovery.cancel()
-        if registration is not None:
-            await registration.stop()
-        await server.stop(_STOP_GRACE_S)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+    await stop.wait()
+
+
+async def _stop(server: grpc.aio.Server, path: str) -> None:
+    await server.stop(_STOP_GRACE_S)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 async def _recover(publisher: Publisher, recovered: asyncio.Event) -> None:

@@ -15,6 +15,8 @@ from csi import errors
 _CODE: dict[type[errors.ModelMountError], grpc.StatusCode] = {
     errors.ModelMountError: grpc.StatusCode.INTERNAL,
     errors.InvalidVolumeError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.VolumeTooSmallError: grpc.StatusCode.OUT_OF_RANGE,
+    errors.VolumeNotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.VolumeConflictError: grpc.StatusCode.ALREADY_EXISTS,
     errors.OperationPendingError: grpc.StatusCode.ABORTED,
     errors.RegistryError: grpc.StatusCode.INTERNAL,

@@ -12,6 +12,8 @@ from csi import errors
 _ERRNO: dict[type[errors.ModelMountError], int] = {
     errors.ModelMountError: errno.EIO,
     errors.InvalidVolumeError: errno.EIO,
+    errors.VolumeTooSmallError: errno.EIO,
+    errors.VolumeNotFoundError: errno.EIO,
     errors.VolumeConflictError: errno.EIO,
     errors.OperationPendingError: errno.EIO,
     errors.RegistryError: errno.EIO,

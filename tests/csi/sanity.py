@@ -1,8 +1,7 @@
-"""Runs csi-sanity against a real node with real mounts: `python tests/csi/sanity.py PATH-TO-CSI-SANITY`.
+"""Runs csi-sanity against the real driver, real mounts and a real registry: `python tests/csi/sanity.py PATH-TO-CSI-SANITY`.
 
-The node is served without a controller, so whatever needs one is skipped, by the list below and by nothing else.
-csi-sanity's own node tests create their volumes through a controller; the publish cycle itself is tested in
-test_node_service.py.
+Twice: node and controller as one process, and as two. Nothing is skipped by name: what csi-sanity skips itself is
+what the driver says it does not offer.
 """
 
 from __future__ import annotations
@@ -14,35 +13,73 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "deploy" / "demo"))
 
-from support.node_process import NodeProcess
+from registry_process import RegistryProcess, find_or_install_registry
+from support.controller_process import ControllerProcess
+from support.node_process import COMMAND, NodeProcess
 
-NEEDS_A_CONTROLLER = (
-    r"\[Controller Server\]",
-    r"\[GroupController Server\]",
-    # Two node tests that begin with CreateVolume.
-    r"NodeUnpublishVolume should remove target path",
-    r"NodeGetVolumeStats should fail when volume does not exist on the specified path",
-)
+TOOLS = Path(__file__).resolve().parents[2] / ".tools"
 
 
 def main() -> int:
-    """csi-sanity's exit status."""
+    """The first exit status of csi-sanity that is not 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("binary", type=Path)
     binary = parser.parse_args().binary.absolute()
-    with tempfile.TemporaryDirectory(prefix="sanity-") as scratch, NodeProcess(Path(scratch) / "node") as node:
-        print(f"skipped without a controller: {', '.join(NEEDS_A_CONTROLLER)}", flush=True)
-        return subprocess.run(
-            [
-                binary,
-                f"--csi.endpoint={node.socket_path}",
-                f"--csi.mountdir={scratch}/target",
-                f"--csi.stagingdir={scratch}/staging",
-                f"--ginkgo.skip={'|'.join(NEEDS_A_CONTROLLER)}",
-                "--ginkgo.no-color",
-            ]
-        ).returncode
+    with tempfile.TemporaryDirectory(prefix="sanity-") as name:
+        scratch = Path(name)
+        registry = RegistryProcess(find_or_install_registry(TOOLS), scratch / "registry")
+        registry.start()
+        try:
+            parameters = scratch / "parameters.yaml"
+            parameters.write_text(f"reference: {push_model(registry, scratch)}\n", encoding="utf-8")
+            return together(binary, scratch, parameters) or apart(binary, scratch, parameters)
+        finally:
+            registry.stop()
+
+
+def push_model(registry: RegistryProcess, scratch: Path) -> str:
+    """The tag of a small model."""
+    source = scratch / "model"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "sanity"}', encoding="utf-8")
+    (source / "model.safetensors").write_bytes(bytes(100_000))
+    reference = f"{registry.host}/sanity/model:v1"
+    subprocess.run([*COMMAND, "push", str(source), reference], check=True, stdout=subprocess.DEVNULL)
+    return reference
+
+
+def together(binary: Path, scratch: Path, parameters: Path) -> int:
+    """Node and Controller services at one socket."""
+    print("node and controller together", flush=True)
+    with NodeProcess(scratch / "together", "--with-controller") as node:
+        return run(binary, scratch, parameters, f"--csi.endpoint={node.socket_path}")
+
+
+def apart(binary: Path, scratch: Path, parameters: Path) -> int:
+    """A node, and a controller of its own process."""
+    print("node and controller apart", flush=True)
+    with (
+        NodeProcess(scratch / "apart") as node,
+        ControllerProcess(scratch / "controller", f"--volume-dir={scratch}/volumes") as controller,
+    ):
+        endpoints = (f"--csi.endpoint={node.socket_path}", f"--csi.controllerendpoint={controller.socket_path}")
+        return run(binary, scratch, parameters, *endpoints)
+
+
+def run(binary: Path, scratch: Path, parameters: Path, *endpoints: str) -> int:
+    """csi-sanity's exit status."""
+    return subprocess.run(
+        [
+            binary,
+            *endpoints,
+            f"--csi.mountdir={scratch}/target",
+            f"--csi.stagingdir={scratch}/staging",
+            f"--csi.testvolumeparameters={parameters}",
+            "--ginkgo.no-color",
+        ]
+    ).returncode
 
 
 if __name__ == "__main__":

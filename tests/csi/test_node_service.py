@@ -494,10 +494,10 @@ def test_kubelet_can_register_the_driver(tmp_path: Path) -> None:
     )
     with NodeProcess(tmp_path / "node", *flags) as node:
         deadline = time.monotonic() + 20
-        while not (found := os.listdir(registry_dir) if registry_dir.exists() else []):
+        while not (found := list(registry_dir.glob("[!.]*.sock"))):
             assert time.monotonic() < deadline, node.log()
             time.sleep(0.02)
-        with grpc.insecure_channel(f"unix:{registry_dir / found[0]}") as channel:
+        with grpc.insecure_channel(f"unix:{found[0]}") as channel:
             stub = registration_pb2_grpc.RegistrationStub(channel)
             info = stub.GetInfo(registration_pb2.InfoRequest(), timeout=5)
             assert (info.type, info.name) == ("CSIPlugin", "csi.modelmount.dev")

@@ -24,6 +24,7 @@ FINAL_FOR_KUBELET = {
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.OUT_OF_RANGE,
     grpc.StatusCode.ALREADY_EXISTS,
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.DATA_LOSS,

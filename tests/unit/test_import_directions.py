@@ -27,14 +27,16 @@ ALLOWED: dict[str, set[str]] = {
     "fetcher": {"registry", "cache", "control", "tree", "stream", "oci"},
     "worker": {"fuse", "cache", "control", "tree", "stream", "oci"},
     "supervisor": {"cache", "control", "fuse", "oci"},
+    "kube": set(),
     "driver": {"cache", "control", "oci", "wire"},
     "cli": {
-        "driver", "supervisor", "worker", "fetcher", "keeper", "control", "registry", "integrity", "observe", "jail", "oci",
+        "driver", "supervisor", "worker", "fetcher", "keeper", "control", "registry", "kube", "integrity", "observe", "jail",
+        "oci",
     },
 }  # fmt: skip
 
 # The values everybody may import, and what they may import themselves.
-VALUES: dict[str, set[str]] = {"errors": set(), "mountinfo": set(), "volume": {"oci", "errors"}}
+VALUES: dict[str, set[str]] = {"errors": set(), "mountinfo": set(), "volume": {"oci", "errors"}, "provisioned": set()}
 
 # third-party module → the only packages that may import it
 ONLY_IN: dict[str, set[str]] = {
@@ -46,6 +48,8 @@ ONLY_IN: dict[str, set[str]] = {
     "requests": {"registry"},
     "oras": {"registry"},
     "http": {"registry"},
+    "kubernetes": {"kube", "cli"},
+    "urllib3": {"registry", "kube"},
     "ssl": {"registry"},
 }
 

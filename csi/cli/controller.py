@@ -1,0 +1,93 @@
+"""`modelmount controller`: the CSI controller service that external-provisioner calls."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from csi.errors import InvalidVolumeError
+from csi.observe import logs
+
+if TYPE_CHECKING:
+    from kubernetes.client import ApiClient
+
+    from csi.driver.provisioner import Provisioner
+
+_RESOLVE_TIMEOUT_S = 12.0  # external-provisioner gives a call 15 s unless told otherwise
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the verb."""
+    parser = subparsers.add_parser(
+        "controller",
+        help="the CSI controller service: a PersistentVolumeClaim becomes a volume of one digest",
+        description="The CSI controller service, beside external-provisioner. Resolves a tag once per volume. Needs no "
+        "rights on any node; reads manifests' sizes and nothing else of a model. In a cluster its volumes are ModelVolume "
+        "objects (deploy/crds/modelvolumes.yaml); elsewhere name a directory with --volume-dir.",
+    )
+    parser.add_argument(
+        "--endpoint",
+        default=os.environ.get("CSI_ENDPOINT", ""),
+        help="unix:///path.sock to serve CSI at (default: the environment's CSI_ENDPOINT)",
+    )
+    store = parser.add_mutually_exclusive_group()
+    store.add_argument("--kubeconfig", metavar="FILE", help="the cluster to use, when not running in one")
+    store.add_argument("--volume-dir", metavar="DIR", help="keep volumes as files there, without Kubernetes")
+    parser.add_argument(
+        "--plain-http-host",
+        action="append",
+        default=[],
+        metavar="HOST[:PORT]",
+        help="speak plain HTTP to this registry; may be repeated (loopback registries need no entry)",
+    )
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM."""
+    import asyncio
+    from importlib.metadata import version
+
+    from csi.driver.server import serve_controller
+
+    logs.set_up("controller", args.log_level)
+    if not args.endpoint:
+        raise InvalidVolumeError("no CSI endpoint: give --endpoint unix:///path.sock or set CSI_ENDPOINT")
+    client = None
+    if args.volume_dir is None:
+        from csi.kube.api import connect
+
+        client = connect(args.kubeconfig)
+    provisioner = make_provisioner(args.volume_dir, client, args.plain_http_host)
+    asyncio.run(serve_controller(args.endpoint, version("modelmount"), provisioner))
+    return 0
+
+
+def make_provisioner(volume_dir: str | None, client: ApiClient | None, plain_http_hosts: Iterable[str]) -> Provisioner:
+    """Over files in `volume_dir`, or over the Kubernetes API of `client`; one of the two is given."""
+    from csi.driver.provisioner import Provisioner
+    from csi.driver.volume_files import ProvisionedVolumeFiles
+    from csi.oci.digest import Digest
+    from csi.oci.reference import Reference
+    from csi.registry.address_rules import AddressRules
+    from csi.registry.auth import Credentials
+    from csi.registry.resolve import resolve_model
+    from csi.registry.sources import SourceSettings
+
+    rules = AddressRules(plain_http_hosts=frozenset(host.lower() for host in plain_http_hosts))
+
+    def resolve(reference: Reference, credentials: dict[str, str] | None) -> tuple[Digest, int]:
+        settings = SourceSettings(rules=rules, credentials=Credentials(**credentials) if credentials else None)
+        found = resolve_model(reference, settings, _RESOLVE_TIMEOUT_S)
+        return found.digest, found.size_bytes
+
+    if client is None:
+        assert volume_dir is not None
+        return Provisioner(ProvisionedVolumeFiles(volume_dir), None, resolve)
+    from csi.kube.claims import KubeClaims
+    from csi.kube.volumes import KubeProvisionedVolumes
+
+    return Provisioner(KubeProvisionedVolumes(client), KubeClaims(client), resolve)
