@@ -51,6 +51,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--read-ahead-kb", type=int, default=16384, metavar="KIB", help="the kernel's read-ahead (default 16384)"
     )
     group.add_argument(
+        "--fuse-backend",
+        choices=["auto", "raw", "pyfuse3"],
+        default="auto",
+        help="who serves mounts made from now on: our own FUSE server or pyfuse3 (default auto: see the documentation)",
+    )
+    group.add_argument(
         "--spares", type=int, default=1, metavar="N", help="workers and fetchers started ahead (default 1)"
     )
 
@@ -62,6 +68,7 @@ def flags_of(args: argparse.Namespace) -> list[str]:
         f"--fetch-threads={args.fetch_threads}",
         f"--read-deadline={args.read_deadline}",
         f"--read-ahead-kb={args.read_ahead_kb}",
+        f"--fuse-backend={args.fuse_backend}",
         f"--spares={args.spares}",
     ]
     flags += [f"--plain-http-host={host}" for host in args.plain_http_host]
@@ -72,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM."""
     import asyncio
 
+    from csi.fuse.handshake import BackendName
     from csi.supervisor.main import serve
     from csi.supervisor.settings import SupervisorSettings
 
@@ -83,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         plain_http_hosts=tuple(args.plain_http_host),
         layout_roots=tuple(args.layout_root),
         read_ahead_kb=args.read_ahead_kb,
+        fuse_backend=BackendName.RAW if args.fuse_backend == "auto" else BackendName(args.fuse_backend),
         fetch_threads=args.fetch_threads,
         read_deadline_s=args.read_deadline,
         spares=args.spares,

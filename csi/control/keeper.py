@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 
 from csi.control import endpoint, wire
-from csi.errors import ControlError
 
 SOCKET_NAME = "keeper.sock"
 _TIMEOUT_S = 20.0  # mounts and binds take milliseconds; only a stuck host takes longer
@@ -15,7 +14,7 @@ _TIMEOUT_S = 20.0  # mounts and binds take milliseconds; only a stuck host takes
 @dataclass(frozen=True, slots=True)
 class KeptMount:
     """A superblock the keeper holds. `can_resend`: the kernel repeats requests a dead worker had taken. `existed`: it was
-    there before this call.
+    there before this call. `backend`: who serves it, as its first `mount` said.
     """
 
     mount_id: str
@@ -23,6 +22,7 @@ class KeptMount:
     init_set_version: int
     can_resend: bool
     existed: bool
+    backend: str
 
 
 class KeeperClient:
@@ -35,13 +35,13 @@ class KeeperClient:
         """What the keeper says of itself: pid, kernel, init_set_version."""
         return self._call("ping")[0]
 
-    def mount(self, mount_id: str, read_ahead_kb: int) -> tuple[KeptMount, int, bytes]:
-        """The superblock of `mount_id`, made if there is none: what it is, its /dev/fuse fd, its INIT request."""
-        fields, fds = self._call("mount", mount_id=mount_id, read_ahead_kb=read_ahead_kb)
-        if len(fds) != 1:
-            wire.close_all(fds)
-            raise ControlError(f"keeper answered 'mount' with {len(fds)} descriptors, expected 1")
-        return _kept(fields), fds[0], bytes.fromhex(str(fields["init"]))
+    def mount(self, mount_id: str, read_ahead_kb: int, backend: str) -> tuple[KeptMount, int, int, bytes]:
+        """The superblock of `mount_id`, made if there is none: what it is, its /dev/fuse fd, the fd of its request
+        table, its INIT request. `backend` is for one that is made; one that exists keeps its own.
+        """
+        fields, fds = self._call("mount", mount_id=mount_id, read_ahead_kb=read_ahead_kb, backend=backend)
+        fuse_fd, table_fd = wire.exactly(fds, 2)
+        return _kept(fields), fuse_fd, table_fd, bytes.fromhex(str(fields["init"]))
 
     def bind(self, mount_id: str, target_path: str) -> bool:
         """Show the superblock read-only at `target_path`; False when it was there already."""
@@ -70,4 +70,5 @@ def _kept(fields: wire.Message) -> KeptMount:
         init_set_version=wire.field(fields, "init_set_version", int),
         can_resend=wire.field(fields, "can_resend", bool),
         existed=wire.field(fields, "existed", bool),
+        backend=wire.field(fields, "backend", str),
     )

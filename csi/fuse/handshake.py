@@ -11,19 +11,27 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from enum import IntFlag
+from enum import IntFlag, StrEnum
 
 from csi.errors import MountError
+from csi.fuse.wire import IN_HEADER, OUT_HEADER, Opcode
 
-INIT_SET_VERSION = 1
+INIT_SET_VERSION = 2
 
-IN_HEADER = struct.Struct("<IIQQIIIHH")  # len opcode unique nodeid uid gid pid total_extlen padding
-OUT_HEADER = struct.Struct("<IiQ")  # len error unique
+
+class BackendName(StrEnum):
+    """Who serves a mount. Decided when it is made, and never changed while it lives: the answer to INIT depends on it,
+    and O_NONBLOCK belongs to the connection, which pyfuse3 cannot stand.
+    """
+
+    PYFUSE3 = "pyfuse3"
+    RAW = "raw"
+
+
 _INIT_IN = struct.Struct("<IIIII44x")  # major minor max_readahead flags flags2 unused[11]
 _INIT_IN_MINIMUM = struct.Struct("<IIII")
 _INIT_OUT = struct.Struct("<IIIIHHIIHHIIH22x")
 
-OP_INIT = 26
 NOTIFY_RESEND = 7
 RESEND_MESSAGE = OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_RESEND, 0)
 """Written to /dev/fuse: requests that were read and never answered are queued again (Linux 6.9)."""
@@ -63,7 +71,8 @@ _WANTED = (
 )
 _MAX_BACKGROUND = 128
 _CONGESTION_THRESHOLD = 96
-_MAX_PAGES = 256  # 1 MiB requests; pyfuse3 reads no larger ones
+_MAX_PAGES = {BackendName.PYFUSE3: 256, BackendName.RAW: 4096}
+"""Pages per request: 1 MiB, pyfuse3 reads no larger ones; 16 MiB, but never more than fs.fuse.max_pages_limit."""
 _MAX_WRITE = 128 * 1024  # nothing is written; the kernel wants at least a page
 _MAX_STACK_DEPTH = 1  # passthrough backing files on plain file systems; leaves room for an overlay on top
 
@@ -85,7 +94,7 @@ def parse_init(raw: bytes) -> InitRequest:
     if len(raw) < IN_HEADER.size + _INIT_IN_MINIMUM.size:
         raise MountError(f"FUSE INIT request has {len(raw)} bytes, expected 104")
     length, opcode, unique, *_ = IN_HEADER.unpack_from(raw)
-    if opcode != OP_INIT or length != len(raw):
+    if opcode != Opcode.INIT or length != len(raw):
         raise MountError(f"expected a FUSE INIT request, got opcode {opcode} with {length} of {len(raw)} bytes")
     major, minor, max_readahead, flags = _INIT_IN_MINIMUM.unpack_from(raw, IN_HEADER.size)
     if (major, minor) < (7, 36):
@@ -96,8 +105,8 @@ def parse_init(raw: bytes) -> InitRequest:
     return InitRequest(unique, major, minor, max_readahead, flags | flags2 << 32, raw)
 
 
-def init_reply(request: InitRequest) -> bytes:
-    """The whole reply, header included: our set, masked by what the kernel offers."""
+def init_reply(request: InitRequest, backend: BackendName) -> bytes:
+    """The whole reply, header included: the set of that backend, masked by what the kernel offers."""
     agreed = _WANTED & request.offered
     return OUT_HEADER.pack(OUT_HEADER.size + _INIT_OUT.size, 0, request.unique) + _INIT_OUT.pack(
         _MAJOR,
@@ -108,7 +117,7 @@ def init_reply(request: InitRequest) -> bytes:
         _CONGESTION_THRESHOLD,
         _MAX_WRITE,
         1,  # time granularity, ns
-        _MAX_PAGES,
+        _MAX_PAGES[backend],
         0,  # map alignment (DAX)
         agreed >> 32,
         _MAX_STACK_DEPTH if agreed & InitFlag.PASSTHROUGH else 0,
@@ -117,5 +126,5 @@ def init_reply(request: InitRequest) -> bytes:
 
 
 def can_resend(request: InitRequest) -> bool:
-    """Whether a crash of the worker loses no request (Linux 6.9 and later)."""
+    """Whether the kernel gives out again what a dead worker had taken (Linux 6.9 and later)."""
     return bool(request.offered & InitFlag.HAS_RESEND)

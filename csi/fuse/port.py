@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,10 +33,31 @@ class ContentReader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A /dev/fuse descriptor whose INIT was answered already, and that INIT request's bytes."""
+    """A /dev/fuse descriptor whose INIT was answered already, that INIT request's bytes, and the connection's table of
+    requests taken (see `csi.fuse.request_table`).
+    """
 
     fd: int
     init: bytes
+    table_fd: int
+
+
+class Backend(Protocol):
+    """Serves one connection, once. Made with (namespace, reader)."""
+
+    async def serve(self, connection: Connection, on_serving: Callable[[], None]) -> None:
+        """Serve until `stop`, or until the connection ends (unmounted, aborted). The mount itself is left alone.
+
+        `on_serving` is called when requests are answered from now on. Owns the connection's descriptors.
+
+        Raises: MountError for a connection it cannot serve.
+        """
+
+    def stop(self) -> None:
+        """Stop receiving at once; `serve` returns when what was received is answered. Any trio task may call it."""
+
+    async def wait_stopped(self) -> None:
+        """For callers that must not return before the last reply is out."""
 
 
 class NoSuchEntryError(Exception):

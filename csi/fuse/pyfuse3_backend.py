@@ -156,7 +156,10 @@ def _attributes(entry: Entry) -> pyfuse3.EntryAttributes:
 
 
 class Pyfuse3Backend:
-    """One session, once per process."""
+    """One session, once per process. See `csi.fuse.port.Backend` for the contract.
+
+    The request table stays empty: libfuse reads requests where only it sees them.
+    """
 
     def __init__(self, namespace: Namespace, reader: ContentReader) -> None:
         self._namespace = namespace
@@ -164,10 +167,8 @@ class Pyfuse3Backend:
         self._running = False
 
     async def serve(self, connection: Connection, on_serving: Callable[[], None]) -> None:
-        """Serve until `stop`, or until the connection ends (unmounted, aborted). The mount itself is left alone.
-
-        `on_serving` is called when requests are answered from now on. Owns `connection.fd`.
-        """
+        """See `Backend.serve`."""
+        os.close(connection.table_fd)
         session_end, kernel_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         session_fd = session_end.detach()
         kernel_end.send(connection.init)
@@ -188,11 +189,11 @@ class Pyfuse3Backend:
             pyfuse3.close(unmount=False)
 
     def stop(self) -> None:
-        """Stop receiving at once; `serve` returns when what was received is answered. Any trio task may call it."""
+        """See `Backend.stop`."""
         if self._running:
             pyfuse3.terminate()
 
     async def wait_stopped(self) -> None:
-        """For callers that must not return before the last reply is out."""
+        """See `Backend.wait_stopped`."""
         while self._running:
             await trio.sleep(0.005)

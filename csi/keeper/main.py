@@ -21,6 +21,7 @@ from csi.control import endpoint, wire
 from csi.control.keeper import SOCKET_NAME
 from csi.errors import ControlError, InvalidVolumeError, ModelMountError, MountError
 from csi.fuse import handshake
+from csi.fuse.handshake import BackendName
 from csi.keeper import syscalls
 from csi.keeper.superblock import FUSE_DEVICE, Superblock, open_superblock
 from csi.keeper.targets import Targets
@@ -62,9 +63,9 @@ class Keeper:
             case "mount":
                 mount_id = _mount_id(request)
                 before = self._superblocks.get(mount_id)
-                superblock = self._mount(mount_id, wire.field(request, "read_ahead_kb", int))
+                superblock = self._mount(mount_id, wire.field(request, "read_ahead_kb", int), _backend(request))
                 fields = _describe(mount_id, superblock, existed=superblock is before)
-                return fields | {"init": superblock.init.raw.hex()}, [superblock.fd]
+                return fields | {"init": superblock.init.raw.hex()}, [superblock.fd, superblock.table_fd]
             case "bind":
                 mount_id = _mount_id(request)
                 target_path = wire.field(request, "target_path", str)
@@ -84,7 +85,7 @@ class Keeper:
             case other:
                 raise ControlError(f"keeper: unknown operation {other!r}")
 
-    def _mount(self, mount_id: str, read_ahead_kb: int) -> Superblock:
+    def _mount(self, mount_id: str, read_ahead_kb: int, backend: BackendName) -> Superblock:
         if held := self._superblocks.get(mount_id):
             if _mounted(held):
                 return held
@@ -94,19 +95,19 @@ class Keeper:
         _detach_all(mount_point)  # first: a dead mount of a keeper that was killed answers no stat
         os.makedirs(mount_point, mode=0o700, exist_ok=True)
         try:
-            superblock = open_superblock(mount_point, read_ahead_kb)
+            superblock = open_superblock(mount_point, read_ahead_kb, backend)
         except BaseException:
             os.rmdir(mount_point)
             raise
         self._superblocks[mount_id] = superblock
-        log.info("mounted %s as device %s", mount_id, superblock.device)
+        log.info("mounted %s as device %s for %s", mount_id, superblock.device, backend)
         return superblock
 
     def _unmount(self, mount_id: str) -> None:
         mount_point = os.path.join(self._mounts_dir, mount_id)
         _detach_all(mount_point)
         if held := self._superblocks.pop(mount_id, None):
-            os.close(held.fd)
+            held.close()
             log.info("unmounted %s", mount_id)
         try:
             os.rmdir(mount_point)
@@ -142,6 +143,7 @@ def _describe(mount_id: str, superblock: Superblock, *, existed: bool) -> wire.M
         "device": superblock.device,
         "init_set_version": handshake.INIT_SET_VERSION,
         "can_resend": handshake.can_resend(superblock.init),
+        "backend": superblock.backend,
     }
 
 
@@ -150,6 +152,13 @@ def _mount_id(request: wire.Message) -> str:
     if not _MOUNT_ID.fullmatch(mount_id):
         raise InvalidVolumeError(f"mount id {mount_id[:80]!r} is not hexadecimal", field="mount_id")
     return str(mount_id)
+
+
+def _backend(request: wire.Message) -> BackendName:
+    try:
+        return BackendName(wire.field(request, "backend", str))
+    except ValueError as exc:
+        raise InvalidVolumeError(f"{exc}; finish the upgrade of keeper and supervisor", field="backend") from None
 
 
 def serve(settings: KeeperSettings) -> None:
@@ -172,8 +181,8 @@ def serve(settings: KeeperSettings) -> None:
     log.info("keeper serves at %s", path)
     if kernel_version(platform.release()) < _RESEND_SINCE:
         log.warning(
-            "Linux %s has no FUSE_NOTIFY_RESEND (6.9): planned upgrades of workers lose nothing, but requests a worker "
-            "holds when it crashes stay unanswered until their mount is unpublished",
+            "Linux %s has no FUSE_NOTIFY_RESEND (6.9): of a mount served by pyfuse3, requests a worker holds when it "
+            "crashes stay unanswered until the mount is unpublished; the raw backend needs no RESEND",
             platform.release(),
         )
     try:

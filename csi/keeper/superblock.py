@@ -16,13 +16,14 @@ import os
 import select
 import signal
 import stat
-import struct
 import time
 from dataclasses import dataclass
 
 from csi import mountinfo
 from csi.errors import MountError
-from csi.fuse import handshake
+from csi.fuse import handshake, request_table, wire
+from csi.fuse.handshake import BackendName
+from csi.fuse.wire import Opcode
 from csi.keeper import syscalls
 
 FUSE_DEVICE = "/dev/fuse"
@@ -33,26 +34,28 @@ _HANDSHAKE_TIMEOUT_S = 5.0
 _LATCH_NAME = b".modelmount-flush-latch"
 _LATCH_INODE = (1 << 62) + 1  # no tree has that many entries
 _ROOT_INODE = 1
-_OP_LOOKUP, _OP_GETATTR, _OP_OPEN, _OP_FLUSH, _OP_FORGET, _OP_BATCH_FORGET, _OP_RELEASE = 1, 3, 14, 25, 2, 42, 18
-_ATTR = struct.Struct(
-    "<QQQQQQIIIIIIIIII"
-)  # ino size blocks atime mtime ctime *nsec mode nlink uid gid rdev blksize flags
-_ENTRY_OUT = struct.Struct("<QQQQII")  # nodeid generation entry_valid attr_valid *nsec
-_ATTR_OUT = struct.Struct("<QII")  # attr_valid nsec dummy
-_OPEN_OUT = struct.Struct("<QIi")  # fh open_flags backing_id
 
 
 @dataclass(frozen=True, slots=True)
 class Superblock:
-    """A mounted FUSE superblock whose connection `fd` keeps alive. `device` is `major:minor`."""
+    """A mounted FUSE superblock whose connection `fd` keeps alive. `device` is `major:minor`. `table_fd`: the requests
+    that workers have taken and still owe.
+    """
 
     fd: int
+    table_fd: int
     init: handshake.InitRequest
+    backend: BackendName
     device: str
     mount_point: str
 
+    def close(self) -> None:
+        """Let go of the connection; it ends when nobody else holds it."""
+        os.close(self.fd)
+        os.close(self.table_fd)
 
-def open_superblock(mount_point: str, read_ahead_kb: int) -> Superblock:
+
+def open_superblock(mount_point: str, read_ahead_kb: int, backend: BackendName) -> Superblock:
     """Mount a new superblock at the empty directory `mount_point` and make it ready for its first worker.
 
     Raises: MountError (no /dev/fuse, mount(2) refused, the kernel too old); then nothing stays mounted.
@@ -69,10 +72,11 @@ def open_superblock(mount_point: str, read_ahead_kb: int) -> Superblock:
             ) from exc
         try:
             init = handshake.parse_init(_read_request(fd))
-            os.write(fd, handshake.init_reply(init))
+            os.write(fd, handshake.init_reply(init, backend))
             device = mountinfo.at(mountinfo.read(), mount_point)[-1].device
             _latch_flush(fd, mount_point)
             _raise_read_ahead(device, read_ahead_kb)
+            return Superblock(fd, request_table.create(), init, backend, device, mount_point)
         except BaseException:
             with contextlib.suppress(OSError):
                 syscalls.detach(mount_point)
@@ -80,7 +84,6 @@ def open_superblock(mount_point: str, read_ahead_kb: int) -> Superblock:
     except BaseException:
         os.close(fd)
         raise
-    return Superblock(fd, init, device, mount_point)
 
 
 def _open_device() -> int:
@@ -143,25 +146,25 @@ def _latch_flush(fd: int, mount_point: str) -> None:
 
 def _answer(fd: int, request: bytes) -> bool:
     """Answer one request of the latch child; True when it was the FLUSH."""
-    _, opcode, unique, nodeid, *_ = handshake.IN_HEADER.unpack_from(request)
-    if opcode in (_OP_FORGET, _OP_BATCH_FORGET):
+    _, opcode, unique, nodeid, *_ = wire.IN_HEADER.unpack_from(request)
+    if opcode in wire.UNANSWERED:
         return False
     error, payload = 0, b""
-    if opcode == _OP_LOOKUP and request[handshake.IN_HEADER.size :].rstrip(b"\0") == _LATCH_NAME:
+    if opcode == Opcode.LOOKUP and request[wire.IN_HEADER.size :].rstrip(b"\0") == _LATCH_NAME:
         # Valid for no time at all: the next lookup of this name asks the worker, which has no such file.
-        payload = _ENTRY_OUT.pack(_LATCH_INODE, 0, 0, 0, 0, 0) + _attributes(_LATCH_INODE)
-    elif opcode == _OP_GETATTR:
-        payload = _ATTR_OUT.pack(0, 0, 0) + _attributes(nodeid)
-    elif opcode == _OP_OPEN:
-        payload = _OPEN_OUT.pack(0, 0, 0)
-    elif opcode == _OP_LOOKUP:
-        error = -errno.ENOENT
-    elif opcode != _OP_RELEASE:
-        error = -errno.ENOSYS
-    os.write(fd, handshake.OUT_HEADER.pack(handshake.OUT_HEADER.size + len(payload), error, unique) + payload)
-    return bool(opcode == _OP_FLUSH)
+        payload = wire.ENTRY_OUT.pack(_LATCH_INODE, 0, 0, 0, 0, 0, *_attributes(_LATCH_INODE))
+    elif opcode == Opcode.GETATTR:
+        payload = wire.ATTR_OUT.pack(0, 0, 0, *_attributes(nodeid))
+    elif opcode == Opcode.OPEN:
+        payload = wire.OPEN_OUT.pack(0, 0, 0)
+    elif opcode == Opcode.LOOKUP:
+        error = errno.ENOENT
+    elif opcode != Opcode.RELEASE:
+        error = errno.ENOSYS
+    os.write(fd, wire.reply_header(unique, len(payload), error) + payload)
+    return bool(opcode == Opcode.FLUSH)
 
 
-def _attributes(inode: int) -> bytes:
+def _attributes(inode: int) -> tuple[int, ...]:
     mode = stat.S_IFDIR | 0o555 if inode == _ROOT_INODE else stat.S_IFREG | 0o444
-    return _ATTR.pack(inode, 0, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
+    return (inode, 0, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)

@@ -1,8 +1,9 @@
 """One mounted model: its connection, its worker, its fetcher, and who leases it.
 
-connection   one /dev/fuse descriptor (the keeper has another) and the INIT bytes every worker replays
-worker       replaced when it dies: RESEND first, so that the requests it had taken are given out again, then
-             the successor; readers see a pause
+connection   one /dev/fuse descriptor and the table of requests taken (the keeper has both too), and the INIT bytes
+             that pyfuse3 replays
+worker       replaced when it dies; readers see a pause. What it had taken: the raw backend's successor finds it in
+             the connection's request table; for pyfuse3, RESEND first, so that the kernel gives it out again
 fetcher      replaced when it dies; the worker asks the new one again for what it waits for
 leases       one per target path; the mount ends with the last one
 """
@@ -24,7 +25,7 @@ from typing import Any
 from csi.control import wire
 from csi.control.keeper import KeeperClient, KeptMount
 from csi.errors import ControlError, ModelMountError, MountError
-from csi.fuse.handshake import RESEND_MESSAGE
+from csi.fuse.handshake import RESEND_MESSAGE, BackendName
 from csi.oci.reference import Reference
 from csi.supervisor.child import Child, ChildPool
 from csi.supervisor.settings import SupervisorSettings
@@ -70,7 +71,7 @@ class Mount:
         self._stopping = False
         self._worker: Child | None = None
         self._fetcher: Child | None = None
-        self._fuse_fd = self._tree_fd = self._area_fd = self._layout_fd = -1
+        self._fuse_fd = self._table_fd = self._tree_fd = self._area_fd = self._layout_fd = -1
         self._init = b""
         self._watchers: list[asyncio.Task[None]] = []
 
@@ -91,8 +92,8 @@ class Mount:
             )
             self._save_tree()
             await self._start_fetcher(fetcher, credentials)
-            kept, self._fuse_fd, self._init = await asyncio.to_thread(
-                self._keeper.mount, self.mount_id, self._settings.read_ahead_kb
+            kept, self._fuse_fd, self._table_fd, self._init = await asyncio.to_thread(
+                self._keeper.mount, self.mount_id, self._settings.read_ahead_kb, self._settings.fuse_backend
             )
             self.kept = kept
             if kept.existed:
@@ -150,6 +151,7 @@ class Mount:
             "device": self.kept.device if self.kept else None,
             "can_resend": self.kept.can_resend if self.kept else None,
             "init_set_version": self.kept.init_set_version if self.kept else None,
+            "backend": self.kept.backend if self.kept else None,
             "dead": self.dead,
             "files": self.summary.get("files", 0),
             "total_bytes": self.summary.get("total_bytes", 0),
@@ -179,7 +181,7 @@ class Mount:
                 log.warning("mount %s: %s", self.mount_id, exc)
         await asyncio.gather(*(child.stop() for child in (self._worker, self._fetcher) if child is not None))
         self._worker = self._fetcher = None
-        for name in ("_fuse_fd", "_tree_fd", "_area_fd", "_layout_fd"):
+        for name in ("_fuse_fd", "_table_fd", "_tree_fd", "_area_fd", "_layout_fd"):
             if (fd := getattr(self, name)) >= 0:
                 os.close(fd)
                 setattr(self, name, -1)
@@ -201,14 +203,16 @@ class Mount:
         )
 
     async def _serve(self, worker: Child) -> None:
+        assert self.kept is not None
         worker.on_notification = self._on_notification
         channel = await self._channel_to_fetcher()
         try:
             await worker.call(
                 "serve",
                 _SERVE_TIMEOUT_S,
-                [self._fuse_fd, self._tree_fd, self._area_fd, channel.fileno()],
+                [self._fuse_fd, self._table_fd, self._tree_fd, self._area_fd, channel.fileno()],
                 init=self._init.hex(),
+                backend=self.kept.backend,
                 read_deadline_s=self._settings.read_deadline_s,
             )
         finally:
@@ -263,8 +267,8 @@ class Mount:
             return
 
     def _resend(self) -> None:
-        """Only while nobody reads the connection."""
-        if self.kept is not None and self.kept.can_resend:
+        """Only while nobody reads the connection. The raw backend's successor finds what is owed in the table."""
+        if self.kept is not None and self.kept.can_resend and self.kept.backend != BackendName.RAW:
             try:
                 os.write(self._fuse_fd, RESEND_MESSAGE)
             except OSError as exc:

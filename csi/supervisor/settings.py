@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from csi.cache.format import area_path
+from csi.fuse.handshake import BackendName
 from csi.volume import MountKey
 
 
@@ -20,6 +21,8 @@ class SupervisorSettings:
     """Directories below which `oci-layout:` references may lie; none by default, as tenants write references."""
     read_ahead_kb: int = 16 * 1024
     """With 10 ms per request an mmap reader gets 10-20 MB/s at the kernel's 128 KiB, 450-790 at 16 MiB (measured)."""
+    fuse_backend: BackendName = BackendName.RAW
+    """Who serves mounts made from now on; those that exist keep theirs."""
     fetch_threads: int = 4
     resolve_timeout_s: float = 20.0
     read_deadline_s: float = 120.0

@@ -17,15 +17,17 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
 
 from csi.control import wire
 from csi.errors import ControlError, ModelMountError, RegistryUnavailableError, from_wire
-from csi.fuse.port import Connection, Namespace
+from csi.fuse.handshake import BackendName
+from csi.fuse.port import Backend, Connection, ContentReader, Namespace
 from csi.fuse.pyfuse3_backend import Pyfuse3Backend
+from csi.fuse.raw_backend import RawBackend
 from csi.oci.manifest import parse_manifest
 from csi.oci.modelpack import files_of
 from csi.stream.scheduler import Priority
@@ -37,6 +39,10 @@ log = logging.getLogger(__name__)
 
 _MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 _MAX_TREE_BYTES = 1 << 30
+_BACKENDS: dict[BackendName, Callable[[Namespace, ContentReader], Backend]] = {
+    BackendName.PYFUSE3: Pyfuse3Backend,
+    BackendName.RAW: RawBackend,
+}
 
 
 def build_tree(manifest: bytes, media_type: str) -> bytes:
@@ -67,7 +73,7 @@ class Worker:
         control.setblocking(False)
         self._control = control
         self._nursery: trio.Nursery | None = None
-        self._backend: Pyfuse3Backend | None = None
+        self._backend: Backend | None = None
         self._reader: CachedReader | None = None
         self._tree: Tree | None = None
         self._fetcher: socket.socket | None = None
@@ -141,7 +147,8 @@ class Worker:
             os.close(tree_fd)
 
     def _serve(self, request: wire.Message, fds: list[int]) -> None:
-        fuse_fd, tree_fd, area_fd, channel_fd = wire.exactly(fds, 4)
+        fuse_fd, table_fd, tree_fd, area_fd, channel_fd = wire.exactly(fds, 5)
+        backend_class = _BACKENDS[BackendName(wire.field(request, "backend", str))]
         init = bytes.fromhex(wire.field(request, "init", str))
         deadline_s = float(request.get("read_deadline_s", 120.0))
         if os.fstat(tree_fd).st_size > _MAX_TREE_BYTES:
@@ -149,14 +156,14 @@ class Worker:
         tree = self._tree = Tree.from_fd(tree_fd)
         os.close(tree_fd)
         reader = self._reader = CachedReader(tree, area_fd, self._ask, deadline_s)
-        backend = self._backend = Pyfuse3Backend(Namespace(tree), reader)
+        backend = self._backend = backend_class(Namespace(tree), reader)
         self._attach_fetcher(channel_fd)
         assert self._nursery is not None
         self._nursery.start_soon(
-            self._serve_connection, backend, Connection(fuse_fd, init), lambda: self._reply(wire.ok(request))
+            self._serve_connection, backend, Connection(fuse_fd, init, table_fd), lambda: self._reply(wire.ok(request))
         )
 
-    async def _serve_connection(self, backend: Pyfuse3Backend, connection: Connection, on_serving: Any) -> None:
+    async def _serve_connection(self, backend: Backend, connection: Connection, on_serving: Any) -> None:
         await backend.serve(connection, on_serving)
         assert self._nursery is not None
         self._nursery.cancel_scope.cancel()

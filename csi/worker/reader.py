@@ -29,7 +29,8 @@ from csi.tree.model import Entry
 
 log = logging.getLogger(__name__)
 
-_BUFFER_BYTES = 1024 * 1024
+_BUFFER_BYTES = 1024 * 1024  # to begin with: it grows to the largest request the kernel makes
+_LARGEST_READ = 16 * 1024 * 1024
 _ASK_AGAIN_S = 1.0
 DEFAULT_DEADLINE_S = 120.0
 """How long a read waits for its bytes, through every retry. A failed page fault kills the reader, so: long."""
@@ -59,7 +60,7 @@ class CachedReader:
 
     async def read(self, entry: Entry, offset: int, size: int) -> memoryview:
         """See `ContentReader.read`."""
-        length = min(size, entry.size_bytes - offset, _BUFFER_BYTES)
+        length = min(size, entry.size_bytes - offset, _LARGEST_READ)
         if length <= 0:
             return memoryview(b"")
         self.counters["reads"] += 1
@@ -166,6 +167,8 @@ class CachedReader:
         reader = self._reader(blob)
         if reader is None:
             raise CacheError(f"blob {self._tree.blobs[blob].digest.short()} vanished from the cache")
+        if length > len(self._buffer):
+            self._buffer = memoryview(mmap.mmap(-1, length))
         try:
             return self._fill(reader, self._buffer, start, length, os.RWF_NOWAIT)
         except BlockingIOError:

@@ -15,6 +15,7 @@ from support.node_process import COMMAND, mounts_below
 from csi import mountinfo
 from csi.control import endpoint
 from csi.control.keeper import KeeperClient
+from csi.control.wire import close_all
 from csi.errors import ControlError, InvalidVolumeError, MountError
 from csi.fuse.handshake import INIT_SET_VERSION, parse_init
 
@@ -45,7 +46,7 @@ def keeper(tmp_path: Path) -> Iterator[KeeperClient]:
 
 
 def test_a_mount_has_its_init_answered_and_its_read_ahead_raised(keeper: KeeperClient, tmp_path: Path) -> None:
-    mount, fd, init = keeper.mount(MOUNT_ID, 8192)
+    mount, fd, table_fd, init = keeper.mount(MOUNT_ID, 8192, "raw")
     try:
         assert mount.init_set_version == INIT_SET_VERSION
         assert parse_init(init).major == 7
@@ -53,18 +54,22 @@ def test_a_mount_has_its_init_answered_and_its_read_ahead_raised(keeper: KeeperC
         (entry,) = [entry for entry in mountinfo.read() if entry.device == mount.device]
         assert {"ro", "nosuid", "nodev", "noexec"} <= entry.options
         assert {"ro", "allow_other", "default_permissions"} <= entry.super_options
-        again, second_fd, second_init = keeper.mount(MOUNT_ID, 8192)
+        again, second_fd, second_table_fd, second_init = keeper.mount(MOUNT_ID, 8192, "pyfuse3")
+        assert os.path.sameopenfile(table_fd, second_table_fd)
         os.close(second_fd)
+        os.close(second_table_fd)
         assert (mount.existed, again.existed) == (False, True)
+        assert (mount.backend, again.backend) == ("raw", "raw"), "a mount never changes its backend"
         assert (again.device, second_init) == (mount.device, init)
         assert [held.mount_id for held in keeper.mounts()] == [MOUNT_ID]
     finally:
         os.close(fd)
+        os.close(table_fd)
 
 
 def test_binds_are_read_only_stackless_and_removed(keeper: KeeperClient, tmp_path: Path) -> None:
-    mount, fd, _ = keeper.mount(MOUNT_ID, 128)
-    os.close(fd)
+    mount, *fds, _ = keeper.mount(MOUNT_ID, 128, "raw")
+    close_all(fds)
     odd = tmp_path / "with space \\ and\ttab"
     assert keeper.bind(MOUNT_ID, str(odd))
     assert not keeper.bind(MOUNT_ID, str(odd))
@@ -77,8 +82,8 @@ def test_binds_are_read_only_stackless_and_removed(keeper: KeeperClient, tmp_pat
 
 
 def test_a_stranger_at_the_target_is_left_alone(keeper: KeeperClient, tmp_path: Path) -> None:
-    _, fd, _ = keeper.mount(MOUNT_ID, 128)
-    os.close(fd)
+    _, *fds, _ = keeper.mount(MOUNT_ID, 128, "raw")
+    close_all(fds)
     target = tmp_path / "foreign"
     target.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "none", str(target)], check=True)
@@ -98,8 +103,8 @@ def test_a_stranger_at_the_target_is_left_alone(keeper: KeeperClient, tmp_path: 
 
 
 def test_paths_outside_its_roots_and_through_links_are_refused(keeper: KeeperClient, tmp_path: Path) -> None:
-    _, fd, _ = keeper.mount(MOUNT_ID, 128)
-    os.close(fd)
+    _, *fds, _ = keeper.mount(MOUNT_ID, 128, "raw")
+    close_all(fds)
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     for path, error in (
@@ -119,7 +124,9 @@ def test_unknown_mounts_ids_and_operations_are_refused(keeper: KeeperClient, tmp
     with pytest.raises(MountError, match="publish again"):
         keeper.bind("00" * 16, str(tmp_path / "t"))
     with pytest.raises(InvalidVolumeError):
-        keeper.mount("../../etc", 128)
+        keeper.mount("../../etc", 128, "raw")
+    with pytest.raises(InvalidVolumeError, match="nfs"):
+        keeper.mount(MOUNT_ID, 128, "nfs")
     with pytest.raises(ControlError, match="unknown operation"):
         endpoint.call(str(tmp_path / "state" / "keeper.sock"), "format-disk", 5.0)
     keeper.unmount("00" * 16)

@@ -30,8 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "kube": set(),
     "driver": {"cache", "control", "oci", "wire"},
     "cli": {
-        "driver", "supervisor", "worker", "fetcher", "keeper", "control", "registry", "kube", "integrity", "observe", "jail",
-        "oci",
+        "control", "driver", "fetcher", "fuse", "integrity", "jail", "keeper", "kube", "observe",
+        "oci", "registry", "supervisor", "worker",
     },
 }  # fmt: skip
 
