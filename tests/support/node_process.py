@@ -38,7 +38,11 @@ class NodeProcess:
         self._channel: grpc.Channel | None = None
 
     def __enter__(self) -> NodeProcess:
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # nobody else would stop what has started
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
