@@ -5,11 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 CSI_SANITY_VERSION := v5.6.0
-
 IMAGE ?= localhost/modelmount:dev
+HELM := $(or $(wildcard $(CURDIR)/.tools/k8s/helm),helm)
+# Arguments for pytest: make e2e E2E='-k inline'
+E2E ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help need-root setup demo test test-fuse test-csi image e2e bench lint fmt type proto proto-check check clean
+.PHONY: help need-root setup demo test test-fuse test-csi image e2e manifests bench lint fmt type proto proto-check check clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,10 +56,18 @@ image: need-root ## the container image, built with buildah into .tools/image/mo
 	@$(SUDO) deploy/image/install-packages
 	@$(SUDO) env BASE=$(BASE) deploy/image/build .tools/image $(IMAGE) .tools/image/modelmount.tar
 
-e2e: need-root setup ## a real one-node Kubernetes built from Go modules, the driver under a real kubelet (root, Go 1.26; 15 min once)
+e2e: need-root setup ## the chart on a real one-node Kubernetes built from Go modules (root, Go 1.26; 20 min once), or on KUBECONFIG's
+ifdef KUBECONFIG
+	@KUBECONFIG=$(abspath $(KUBECONFIG)) $(BIN)/python -m pytest tests/e2e $(E2E)
+else
 	@$(SUDO) tests/e2e/install-packages
 	@tests/e2e/build-kubernetes .tools/k8s
-	@$(SUDO) unshare -m sh -c 'mount --make-rshared / && exec $(BIN)/python -m pytest tests/e2e'
+	@$(MAKE) -s image
+	@$(SUDO) unshare -m -n sh -c 'mount --make-rshared / && exec $(BIN)/python -m pytest tests/e2e $(E2E)'
+endif
+
+manifests: ## render the plain manifests from the chart (needs helm)
+	@deploy/manifests/render $(HELM)
 
 bench: need-root setup ## measure against curl and cat in the same run; writes bench.json (root)
 	@$(SUDO) $(BIN)/python tests/bench/run.py --directory .bench --tools .tools

@@ -1,0 +1,64 @@
+"""The image of the pods that read, made here: no registry of images is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import platform
+import tarfile
+from typing import Any
+
+READER_IMAGE = "localhost/e2e/busybox:1"
+_ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}
+_APPLETS = ("sh", "cat", "sha256sum", "sleep", "ls", "cut", "stat", "test", "dd", "touch", "df", "grep", "id")
+
+
+def busybox_image(binary: bytes) -> bytes:
+    """An OCI image archive of one static busybox; its default command sleeps, so it serves as the sandbox image too."""
+    layer = io.BytesIO()
+    with tarfile.open(fileobj=layer, mode="w") as tar:
+        for directory in ("bin", "tmp", "models", "etc"):
+            entry = tarfile.TarInfo(directory)
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(entry)
+        entry = tarfile.TarInfo("bin/busybox")
+        entry.mode, entry.size = 0o755, len(binary)
+        tar.addfile(entry, io.BytesIO(binary))
+        for applet in _APPLETS:
+            entry = tarfile.TarInfo(f"bin/{applet}")
+            entry.type, entry.linkname = tarfile.SYMTYPE, "busybox"
+            tar.addfile(entry)
+    blobs: dict[str, bytes] = {}
+
+    def add(content: bytes, media_type: str) -> dict[str, Any]:
+        digest = hashlib.sha256(content).hexdigest()
+        blobs[digest] = content
+        return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(content)}
+
+    config = {
+        "architecture": _ARCHITECTURE[platform.machine()],
+        "os": "linux",
+        "config": {"Cmd": ["/bin/sleep", "2147483647"], "Env": ["PATH=/bin"]},
+        "rootfs": {"type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(layer.getvalue()).hexdigest()]},
+    }
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": add(json.dumps(config).encode(), "application/vnd.oci.image.config.v1+json"),
+        "layers": [add(layer.getvalue(), "application/vnd.oci.image.layer.v1.tar")],
+    }
+    descriptor = add(json.dumps(manifest).encode(), "application/vnd.oci.image.manifest.v1+json")
+    descriptor["annotations"] = {"io.containerd.image.name": READER_IMAGE, "org.opencontainers.image.ref.name": "1"}
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        files = {
+            "oci-layout": b'{"imageLayoutVersion":"1.0.0"}',
+            "index.json": json.dumps({"schemaVersion": 2, "manifests": [descriptor]}).encode(),
+            **{f"blobs/sha256/{digest}": content for digest, content in blobs.items()},
+        }
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return archive.getvalue()

@@ -1,0 +1,85 @@
+"""Models in a registry, with what a reader must find in them."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from e2e.api import DRIVER
+from registry_process import PASSWORD
+from support.node_process import COMMAND
+
+_MIB = 1 << 20
+
+
+class Model:
+    """Versions v1 and v2 of one repository. `digests`: sha256 of the weights; `references`: pinned by digest."""
+
+    def __init__(
+        self, host: str, directory: Path, repository: str, login: tuple[str, ...] = (), size_mib: int = 24
+    ) -> None:
+        self.repository = f"{host}/{repository}"
+        self.references: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
+        for version in ("v1", "v2"):
+            source = directory / repository / version
+            (source / "weights").mkdir(parents=True)
+            content = random.Random(version).randbytes(size_mib * _MIB)
+            (source / "weights" / "model.safetensors").write_bytes(content)
+            (source / "version.txt").write_text(version)
+            blocks = [content[at : at + _MIB] for at in range(0, len(content), _MIB)]
+            (source / "hashes.txt").write_text("\n".join(hashlib.sha256(block).hexdigest() for block in blocks))
+            self.digests[version] = hashlib.sha256(content).hexdigest()
+            self.references[version] = push(source, f"{self.repository}:{version}", *login)
+
+
+def push(source: Path, reference: str, *flags: str) -> str:
+    """`modelmount push`; returns the reference by digest. Raises: AssertionError."""
+    command = [*COMMAND, "push", str(source), reference, "--plain-http", *flags]
+    done = subprocess.run(command, input=PASSWORD, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+MOUNTS = [{"name": "model", "mountPath": "/models", "readOnly": True}]
+HASH = "sha256sum /models/weights/model.safetensors | cut -d' ' -f1 > /dev/termination-log"
+
+
+def inline(reference: str, **more: Any) -> list[dict[str, Any]]:
+    """The volumes of a pod with one inline model."""
+    csi = {"driver": DRIVER, "readOnly": True, "volumeAttributes": {"reference": reference}, **more}
+    return [{"name": "model", "csi": csi}]
+
+
+def persistent_volume(name: str, attributes: dict[str, str], *, handle: str | None = None) -> dict[str, Any]:
+    """A PersistentVolume of one model; every handle is its own, or a pod with two of them would hang."""
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolume",
+        "metadata": {"name": name},
+        "spec": {
+            "capacity": {"storage": "1Gi"},
+            "accessModes": ["ReadOnlyMany"],
+            "storageClassName": "",
+            "persistentVolumeReclaimPolicy": "Retain",
+            "csi": {"driver": DRIVER, "volumeHandle": handle or name, "volumeAttributes": attributes},
+        },
+    }
+
+
+def claim_of(volume: str) -> dict[str, Any]:
+    """A claim for that volume, of the same name."""
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": volume},
+        "spec": {
+            "accessModes": ["ReadOnlyMany"],
+            "storageClassName": "",
+            "volumeName": volume,
+            "resources": {"requests": {"storage": "1Gi"}},
+        },
+    }

@@ -1,0 +1,130 @@
+"""The chart by itself, and what an API server says of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e.api import KubernetesApi
+from e2e.helm import CHART, ROOT, Helm, flags_of
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+
+EVERYTHING: dict[str, Any] = {
+    "namespace.create": True,
+    "imagePullSecrets": [{"name": "pull"}],
+    "image.digest": "sha256:" + "a" * 64,
+    "fetch.plainHTTPHosts": ["registry.internal:5000"],
+    "tokenRequests": [{"audience": "registry.example.com", "expirationSeconds": 3600}],
+    "affinity": {"nodeAffinity": {}},
+    "podAnnotations": {"example.com/a": "b"},
+    "podLabels": {"example.com/c": "d"},
+    "supervisor.hostNetwork": True,
+    "node.registrar.enabled": True,
+    "serviceAccounts.annotations": {"example.com/role": "reader"},
+}
+
+
+@pytest.fixture(scope="module")
+def chart_helm(helm_binary: str, tmp_path_factory: pytest.TempPathFactory) -> Helm:
+    """helm without a cluster."""
+    return Helm(helm_binary, tmp_path_factory.mktemp("helm"))
+
+
+def template(helm: Helm, values: dict[str, Any]) -> str:
+    return helm.run("template", "modelmount", str(CHART), "--namespace", "modelmount-system", *flags_of(values))
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["defaults", "everything"])
+def test_lint_finds_nothing(chart_helm: Helm, values: dict[str, Any]) -> None:
+    chart_helm.run("lint", "--strict", str(CHART), *flags_of(values))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("keeper.replicas", 3, "replicas"),
+        ("kubeletDir", "var/lib/kubelet", "kubeletDir"),
+        ("kubeletDir", "/" + "long/" * 20 + "x", "kubeletDir"),
+        ("image.digest", "latest", "digest"),
+        ("logLevel", "loud", "logLevel"),
+        ("tokenRequests", [{"expirationSeconds": 3600}], "audience"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_name(chart_helm: Helm, key: str, value: Any, expected: str) -> None:
+    assert expected in chart_helm.fails("template", str(CHART), *flags_of({key: value}))
+
+
+def test_every_value_of_the_schema_has_a_default(chart_helm: Helm) -> None:
+    import json
+
+    shown = chart_helm.run("show", "values", str(CHART))
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    for name in set(schema["properties"]) - {"global"}:
+        assert re.search(rf"^{name}:", shown, re.MULTILINE), f"{name} is in the schema, not in values.yaml"
+    for name in re.findall(r"^(\w+):", shown, re.MULTILINE):
+        assert name in schema["properties"], f"{name} is in values.yaml, not in the schema"
+
+
+def test_tokens_travel_in_secrets_and_only_when_they_are_asked_for(chart_helm: Helm) -> None:
+    assert "serviceAccountTokenInSecrets" not in template(chart_helm, {})
+    assert "serviceAccountTokenInSecrets: true" in template(chart_helm, EVERYTHING)
+
+
+def test_only_the_keeper_is_privileged(chart_helm: Helm) -> None:
+    for values in ({}, EVERYTHING):
+        privileged = [
+            document for document in template(chart_helm, values).split("\n---\n") if "privileged: true" in document
+        ]
+        assert [re.findall(r"^  name: (\S+)", document, re.MULTILINE) for document in privileged] == [
+            ["modelmount-keeper"]
+        ]
+
+
+def test_every_container_has_a_read_only_root_and_limits(chart_helm: Helm) -> None:
+    rendered = template(chart_helm, EVERYTHING)
+    containers = len(re.findall(r"^ +image: ", rendered, re.MULTILINE))
+    assert containers == 4
+    for what in ("readOnlyRootFilesystem: true", "limits:", "requests:"):
+        assert rendered.count(what) == containers, what
+
+
+def test_the_commands_accept_the_flags_the_chart_gives_them(chart_helm: Helm) -> None:
+    """Parsed by the very parsers, so that a flag that is renamed fails here and not on a node."""
+    from csi.cli.main import build_parser
+
+    documents = template(chart_helm, EVERYTHING | {"node.registrar.enabled": False}).split("\n---\n")
+    parsed = []
+    for document in documents:
+        for found in re.findall(r"^          args:\n((?:            (?:- |#).*\n)+)", document, re.MULTILINE):
+            arguments = [line[14:] for line in found.splitlines() if line.startswith("            - ")]
+            parsed.append(build_parser([arguments[0]]).parse_args(arguments).verb)
+    assert sorted(parsed) == ["keeper", "node", "supervisor"]
+
+
+def test_the_plain_manifests_are_what_the_chart_renders(helm_binary: str) -> None:
+    script = str(ROOT / "deploy" / "manifests" / "render")
+    done = subprocess.run([script, helm_binary, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["defaults", "everything"])
+def test_the_api_server_accepts_every_object(
+    cluster: KubernetesApi, chart_helm: Helm, values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Server-side dry run with strict field checks. The namespace must exist for its objects to be looked at."""
+    rendered = template(chart_helm, values).replace("namespace: modelmount-system", "namespace: default")
+    shown = cluster.kubectl(
+        "apply",
+        "--server-side",
+        "--dry-run=server",
+        "--validate=strict",
+        "--force-conflicts",
+        "-f",
+        "-",
+        stdin=rendered,
+    )
+    assert shown.count("serverside-applied") == rendered.count("\nkind: ")

@@ -1,0 +1,197 @@
+"""Pods of the driver come and go, the node too; readers in other pods read on. Every byte they read is checked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e.api import DRIVER, NAMESPACE, KubernetesApi
+from e2e.helm import Helm
+from e2e.local_cluster import ADDRESS, LocalCluster
+from e2e.models import HASH, MOUNTS, Model, inline, push
+from registry_process import RegistryProcess
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), pytest.mark.usefixtures("clean")]
+
+READER = (Path(__file__).parent / "reader.py").read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def reading(cluster: KubernetesApi, model: Model, name: str = "reader") -> Iterator[dict[str, Any]]:
+    """A pod that reads all the while; what it told at its end is in the value."""
+    command = ["python3", "-c", READER, "/models"]
+    cluster.run_pod(name, command, inline(model.references["v2"]), MOUNTS, image=cluster.driver_image)
+    cluster.wait_running(name)
+    cluster.wait("the first reads", lambda: "reads" in cluster.kubectl("logs", name), 60)
+    told: dict[str, Any] = {}
+    yield told
+    time.sleep(1.5)  # reads after the last event count too
+    cluster.kubectl("exec", name, "--", "touch", "/tmp/stop")
+    status, message = cluster.result(name, 60)
+    told.update(json.loads(message))
+    print(f"\n{name}: {message}")
+    assert (status, told["errors"], told["wrong"]) == (0, 0, 0), message
+    assert told["reads"] > 20
+
+
+def delete_driver_pod(cluster: KubernetesApi, component: str) -> None:
+    """Delete the pod and wait for its successor."""
+    (pod,) = cluster.driver_pods(component)
+    cluster.request("DELETE", f"/api/v1/namespaces/{NAMESPACE}/pods/{pod['metadata']['name']}")
+    cluster.wait_rolled_out(component)
+
+
+def kill_container(cluster: LocalCluster, component: str) -> None:
+    """SIGKILL to its PID 1, which takes the whole container, and wait until it runs again."""
+    (before,) = cluster.container_pids(component)
+    os.kill(before, signal.SIGKILL)
+    cluster.wait(
+        f"{component} to be started again",
+        lambda: bool(cluster.container_pids(component)) and cluster.container_pids(component) != [before],
+        60,
+    )
+    cluster.wait_rolled_out(component)
+
+
+def test_the_node_pod_is_deleted_and_killed_while_a_pod_reads(
+    cluster: KubernetesApi, local_cluster: LocalCluster, model: Model
+) -> None:
+    with reading(cluster, model):
+        delete_driver_pod(cluster, "node")
+        cluster.wait("kubelet to register the driver", cluster.is_registered, 60)
+        kill_container(local_cluster, "node")
+        cluster.wait("kubelet to register the driver", cluster.is_registered, 60)
+        cluster.run_pod("second", HASH, inline(model.references["v1"]), MOUNTS)
+        assert cluster.result("second") == (0, model.digests["v1"])
+
+
+def test_workers_and_fetchers_are_killed_while_a_pod_reads(
+    cluster: KubernetesApi, local_cluster: LocalCluster, model: Model
+) -> None:
+    with reading(cluster, model):
+        for role in ("worker", "fetcher", "worker"):
+            os.kill(child_pid(local_cluster, role), signal.SIGKILL)
+            time.sleep(1)
+        (mount,) = cluster.status()
+        assert (mount["worker_restarts"], mount["fetcher_restarts"]) == (2, 1)
+
+
+def child_pid(cluster: LocalCluster, role: str) -> int:
+    """The host's pid of the one worker or fetcher that serves a mount; the supervisor knows it by its own pid."""
+    (supervisor,) = cluster.container_pids("supervisor")
+    (mount,) = cluster.status()
+    name_space = os.readlink(f"/proc/{supervisor}/ns/pid")
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and os.readlink(entry / "ns" / "pid") == name_space:
+                inner = (entry / "status").read_text().partition("NSpid:")[2].split("\n")[0].split()[-1]
+                if int(inner) == mount[f"{role}_pid"]:
+                    return int(entry.name)
+    raise AssertionError(f"no {role} found")
+
+
+def test_kubelet_is_restarted_while_a_pod_reads(
+    cluster: KubernetesApi, local_cluster: LocalCluster, model: Model
+) -> None:
+    with reading(cluster, model):
+        local_cluster.stop_process("kubelet", signal.SIGKILL)
+        local_cluster.start_kubelet()
+        local_cluster.wait("the node to be Ready", local_cluster.node_is_ready, 60)
+        time.sleep(5)  # it publishes every volume again within seconds of its start
+
+
+def test_a_pod_deleted_while_the_driver_is_down_is_gone_when_it_is_back(
+    cluster: KubernetesApi, local_cluster: LocalCluster, model: Model
+) -> None:
+    cluster.run_pod("orphan", "sleep 3600", inline(model.references["v1"]), MOUNTS)
+    cluster.wait_running("orphan")
+    path = f"/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/modelmount-node"
+    away = {"spec": {"template": {"spec": {"nodeSelector": {"e2e": "nowhere"}}}}}
+    cluster.request("PATCH", path, away)
+    cluster.wait("the node pod to be gone", lambda: cluster.driver_pods("node") == [], 60)
+    try:
+        cluster.request("DELETE", "/api/v1/namespaces/default/pods/orphan")
+        time.sleep(4)
+        assert cluster.pod("orphan")["metadata"]["deletionTimestamp"], "kubelet waits for the driver"
+    finally:
+        cluster.request("PATCH", path, {"spec": {"template": {"spec": {"nodeSelector": {"e2e": None}}}}})
+        cluster.wait_rolled_out("node")
+    cluster.wait_gone("orphan", 60)
+
+
+def test_a_pod_is_gone_in_seconds_while_its_registry_is_down(
+    cluster: KubernetesApi, local_cluster: LocalCluster, registry_binary: Path, tmp_path: Path
+) -> None:
+    registry = RegistryProcess(registry_binary, tmp_path / "registry")
+    registry.start(f"{ADDRESS}:5002")
+    try:
+        large = tmp_path / "large"
+        large.mkdir()
+        with open(large / "big.bin", "wb") as file:
+            file.truncate(2 << 30)
+        reference = push(large, f"{registry.host}/team/big:v1")
+        cluster.run_pod("stuck", "while :; do cat /models/big.bin > /dev/null; done", inline(reference), MOUNTS)
+        cluster.wait_running("stuck")
+    finally:
+        registry.stop()
+    assert cluster.delete_pod("stuck") < 40
+
+
+def test_the_node_is_rebooted(cluster: KubernetesApi, local_cluster: LocalCluster, release: Helm, model: Model) -> None:
+    """kubelet, containerd and every container killed, every mount and tmpfs gone; the pods that restart read again."""
+    command = f"{HASH.replace('/dev/termination-log', '/tmp/hash')}; sleep 3600"
+    cluster.run_pod("survivor", command, inline(model.references["v1"]), MOUNTS, restartPolicy="Always")
+    cluster.wait_running("survivor")
+    local_cluster.reboot()
+    local_cluster.wait("the node to be Ready", local_cluster.node_is_ready, 90)
+    for component in ("keeper", "supervisor", "node"):
+        cluster.wait_rolled_out(component)
+
+    def reads_again() -> bool:
+        status = (cluster.pod("survivor")["status"].get("containerStatuses") or [{}])[0]
+        if not status.get("restartCount") or "running" not in status.get("state", {}):
+            return False
+        with contextlib.suppress(AssertionError):
+            return cluster.kubectl("exec", "survivor", "--", "cat", "/tmp/hash").strip() == model.digests["v1"]
+        return False
+
+    cluster.wait("the pod to read its model again", reads_again, 120)
+
+
+def test_an_uninstalled_release_leaves_nothing_on_the_node(
+    cluster: KubernetesApi, local_cluster: LocalCluster, release: Helm, values: dict[str, Any], model: Model
+) -> None:
+    """No mount, no socket, no object; the cache's directory stays. Installed again, it serves."""
+    cluster.run_pod("before", HASH, inline(model.references["v1"]), MOUNTS)
+    assert cluster.result("before") == (0, model.digests["v1"])
+    cluster.delete_pod("before")
+    release.uninstall()
+    cluster.wait("the driver's pods to be gone", lambda: pods_of_the_driver(cluster) == [], 60)
+    try:
+        assert local_cluster.models_mounted() == []
+        assert list(local_cluster.directory.rglob("*modelmount*.sock")) == []
+        assert [path for path in Path(local_cluster.state_dir).rglob("*") if path.is_socket()] == []
+        assert cluster.get(f"/apis/storage.k8s.io/v1/csidrivers/{DRIVER}") is None
+        cluster.wait("kubelet to forget the driver", lambda: not cluster.is_registered(), 30)
+        for kind in ("clusterroles", "clusterrolebindings"):
+            names = cluster.request("GET", f"/apis/rbac.authorization.k8s.io/v1/{kind}")["items"]
+            assert not [item for item in names if item["metadata"]["name"].startswith("modelmount")]
+    finally:
+        release.install(values)
+        for component in ("keeper", "supervisor", "node"):
+            cluster.wait_rolled_out(component)
+        cluster.wait("kubelet to register the driver", cluster.is_registered, 60)
+    cluster.run_pod("after", HASH, inline(model.references["v1"]), MOUNTS)
+    assert cluster.result("after") == (0, model.digests["v1"])
+
+
+def pods_of_the_driver(cluster: KubernetesApi) -> list[str]:
+    listing = cluster.request("GET", f"/api/v1/namespaces/{NAMESPACE}/pods")["items"]
+    return [pod["metadata"]["name"] for pod in listing]

@@ -1,0 +1,217 @@
+"""What users write, read by containers: every scenario compares content."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e.api import KubernetesApi
+from e2e.local_cluster import ADDRESS, LocalCluster
+from e2e.models import HASH, MOUNTS, Model, claim_of, inline, persistent_volume
+from registry_process import PASSWORD, USERNAME, RegistryProcess
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), pytest.mark.usefixtures("clean")]
+
+
+def test_an_inline_volume_is_read_by_a_container(cluster: KubernetesApi, model: Model) -> None:
+    cluster.run_pod("inline", HASH, inline(model.references["v1"]), MOUNTS)
+    assert cluster.result("inline") == (0, model.digests["v1"])
+
+
+def test_two_versions_side_by_side_as_claims_of_persistent_volumes(cluster: KubernetesApi, model: Model) -> None:
+    for version in ("v1", "v2"):
+        volume = persistent_volume(f"model-{version}", {"reference": model.references[version]})
+        cluster.request("POST", "/api/v1/persistentvolumes", volume)
+        cluster.create("persistentvolumeclaims", claim_of(f"model-{version}"))
+    volumes = [{"name": v, "persistentVolumeClaim": {"claimName": f"model-{v}"}} for v in ("v1", "v2")]
+    mounts = [{"name": v, "mountPath": f"/models/{v}"} for v in ("v1", "v2")]
+    command = (
+        "cat /models/v1/version.txt /models/v2/version.txt > /dev/termination-log;"
+        "for v in v1 v2; do sha256sum < /models/$v/weights/model.safetensors | cut -d' ' -f1 >> /dev/termination-log; done;"
+        "! touch /models/v1/new"
+    )
+    cluster.run_pod("versions", command, volumes, mounts)
+    assert cluster.result("versions") == (0, f"v1v2{model.digests['v1']}\n{model.digests['v2']}")
+    for version in ("v1", "v2"):
+        cluster.request("DELETE", f"/api/v1/namespaces/default/persistentvolumeclaims/model-{version}")
+        cluster.request("DELETE", f"/api/v1/persistentvolumes/model-{version}")
+
+
+def test_a_sub_path_of_a_file_and_of_a_directory(cluster: KubernetesApi, model: Model) -> None:
+    mounts = [
+        {"name": "model", "mountPath": "/models/weights", "subPath": "weights", "readOnly": True},
+        {"name": "model", "mountPath": "/version", "subPath": "version.txt", "readOnly": True},
+    ]
+    command = (
+        "cat /version > /dev/termination-log; ls /models/weights >> /dev/termination-log;"
+        "sha256sum < /models/weights/model.safetensors | cut -d' ' -f1 >> /dev/termination-log"
+    )
+    cluster.run_pod("subpath", command, inline(model.references["v2"]), mounts)
+    assert cluster.result("subpath") == (0, f"v2model.safetensors\n{model.digests['v2']}")
+
+
+RESTRICTED: dict[str, Any] = {
+    "securityContext": {
+        "runAsNonRoot": True,
+        "runAsUser": 1234,
+        "fsGroup": 4321,  # kubelet must not try to change owners in a read-only tree
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+}
+
+
+def test_a_pod_of_the_restricted_profile_may_use_an_inline_model(cluster: KubernetesApi, model: Model) -> None:
+    """Pod Security allows `csi` volumes in its strictest profile; the namespace enforces it here."""
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "restricted", "labels": labels}}
+    cluster.request("POST", "/api/v1/namespaces", namespace)
+    try:
+        pod = cluster.pod_of("restricted", HASH, inline(model.references["v1"]), MOUNTS, **RESTRICTED)
+        pod["spec"]["containers"][0]["securityContext"] = {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        cluster.wait(
+            "the namespace's service account",
+            lambda: cluster.get("/api/v1/namespaces/restricted/serviceaccounts/default") is not None,
+            30,
+        )
+        cluster.create("pods", pod, "restricted")
+        assert cluster.result("restricted", namespace="restricted") == (0, model.digests["v1"])
+    finally:
+        cluster.request("DELETE", "/api/v1/namespaces/restricted")
+        cluster.wait("the namespace to go", lambda: cluster.get("/api/v1/namespaces/restricted") is None, 90)
+
+
+def test_a_pod_with_a_user_namespace_of_its_own(cluster: KubernetesApi, model: Model) -> None:
+    cluster.run_pod("userns", f"id -u > /tmp/id; {HASH}", inline(model.references["v1"]), MOUNTS, hostUsers=False)
+    assert cluster.result("userns") == (0, model.digests["v1"])
+
+
+def test_ten_pods_share_one_mount(cluster: KubernetesApi, model: Model) -> None:
+    names = [f"many-{number}" for number in range(10)]
+    for name in names:
+        cluster.run_pod(name, f"{HASH}; sleep 600", inline(model.references["v1"]), MOUNTS)
+    for name in names:
+        cluster.wait_running(name, 120)
+    mounts = cluster.status()
+    assert [len(mount["targets"]) for mount in mounts] == [10]
+
+
+def test_a_wrong_attribute_is_explained_to_whoever_describes_the_pod(cluster: KubernetesApi, model: Model) -> None:
+    volumes = inline(model.references["v1"])
+    volumes[0]["csi"]["volumeAttributes"]["colour"] = "red"
+    cluster.run_pod("wrong", HASH, volumes, MOUNTS)
+
+    def explained() -> bool:
+        return any("FailedMount" in event and "unknown key 'colour'" in event for event in cluster.events("wrong"))
+
+    cluster.wait("an event that names the attribute", explained, 60)
+
+
+def test_a_pull_secret_is_used_and_a_missing_one_is_explained(
+    cluster: KubernetesApi, local_cluster: LocalCluster, registry_binary: Path, tmp_path: Path
+) -> None:
+    registry = RegistryProcess(registry_binary, tmp_path / "registry", htpasswd=True)
+    registry.start(f"{ADDRESS}:5001")
+    try:
+        login = ("--username", USERNAME, "--password-stdin")
+        private = Model(registry.host, tmp_path, "team/private", login, size_mib=4)
+        data = {"username": USERNAME, "password": PASSWORD}
+        secret = {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": "login"},
+            "type": "kubernetes.io/basic-auth",
+            "data": {key: base64.b64encode(value.encode()).decode() for key, value in data.items()},
+        }
+        cluster.create("secrets", secret)
+        cluster.run_pod(
+            "secret", HASH, inline(private.references["v1"], nodePublishSecretRef={"name": "login"}), MOUNTS
+        )
+        assert cluster.result("secret") == (0, private.digests["v1"])
+        cluster.run_pod("no-secret", HASH, inline(private.references["v1"]), MOUNTS)
+
+        def explained() -> bool:
+            events = cluster.events("no-secret")
+            return any("FailedMount" in event and "nodePublishSecretRef" in event for event in events)
+
+        cluster.wait("an event that says what is missing", explained, 60)
+        assert not any(PASSWORD in event for event in cluster.events("no-secret"))
+        for component in ("keeper", "supervisor", "node"):
+            for pod in cluster.driver_pods(component):
+                log = cluster.kubectl("logs", "-n", "modelmount-system", pod["metadata"]["name"])
+                assert PASSWORD not in log
+                assert base64.b64encode(PASSWORD.encode()).decode() not in log
+        cluster.delete_pod("no-secret")
+        cluster.delete_pod("secret")
+    finally:
+        registry.stop()
+
+
+def test_a_deployment_is_rolled_to_the_next_version_and_back_while_the_first_stays_warm(
+    cluster: KubernetesApi, model: Model
+) -> None:
+    """Rolling back costs no download: the previous version is in the node's cache, verified."""
+
+    def template(version: str) -> dict[str, Any]:
+        command = f"{HASH.replace('/dev/termination-log', '/tmp/hash')}; touch /tmp/done; sleep 3600"
+        pod = cluster.pod_of("server", command, inline(model.references[version]), MOUNTS)
+        pod["spec"]["restartPolicy"] = "Always"
+        pod["spec"]["containers"][0]["readinessProbe"] = {
+            "exec": {"command": ["test", "-e", "/tmp/done"]},
+            "periodSeconds": 1,
+        }
+        return {"metadata": pod["metadata"] | {"annotations": {"version": version}}, "spec": pod["spec"]}
+
+    path = "/apis/apps/v1/namespaces/default/deployments"
+    body = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "server"},
+        "spec": {"replicas": 2, "selector": {"matchLabels": {"app": "server"}}, "template": template("v1")},
+    }
+    cluster.request("POST", path, body)
+
+    def serves(version: str) -> bool:
+        pods = cluster.request("GET", "/api/v1/namespaces/default/pods", labelSelector="app=server")["items"]
+        ready = [
+            pod
+            for pod in pods
+            if pod["metadata"]["annotations"].get("version") == version
+            and any(status["ready"] for status in pod["status"].get("containerStatuses", []))
+        ]
+        if len(ready) != 2 or len(pods) != 2:
+            return False
+        names = [pod["metadata"]["name"] for pod in ready]
+        return all(
+            cluster.kubectl("exec", n, "--", "cat", "/tmp/hash").strip() == model.digests[version] for n in names
+        )
+
+    cluster.wait("version 1 to serve", lambda: serves("v1"), 90)
+    for version in ("v2", "v1"):
+        cluster.request("PATCH", f"{path}/server", {"spec": {"template": template(version)}})
+        cluster.wait(f"{version} to serve alone", lambda wanted=version: serves(wanted), 90)  # type: ignore[misc]
+    (mount,) = cluster.status()
+    assert mount["digest"] in model.references["v1"]
+    blobs = mount["progress"]["blobs"]
+    assert all(blob["present_blocks"] == blob["blocks"] for blob in blobs)
+    assert mount["progress"].get("fetched_bytes", 0) == 0, "the way back fetched bytes again"
+    cluster.request("DELETE", f"{path}/server")
+
+
+def test_what_a_pod_sees_is_read_only_and_sane(cluster: KubernetesApi, model: Model) -> None:
+    command = (
+        "df /models | grep -q modelmount || exit 3;"
+        "stat -c %a /models/version.txt > /dev/termination-log;"
+        "touch /models/version.txt 2>/dev/null && exit 4;"
+        "cat /models/version.txt >> /dev/termination-log"
+    )
+    volumes = inline(model.references["v1"])
+    volumes[0]["csi"].pop("readOnly")  # kubelet says readonly=false then
+    mounts = [{"name": "model", "mountPath": "/models"}]
+    cluster.run_pod("modes", command, volumes, mounts)
+    assert cluster.result("modes") == (0, "444\nv1")
