@@ -30,21 +30,28 @@ _Choice = TypeVar("_Choice", bound=StrEnum)
 class Verify(StrEnum):
     """When bytes are checked against the digest; see docs/semantics.md."""
 
+    CHUNK = "chunk"
+    """Every block before it is read. Needs a block index."""
     WHOLE = "whole"
+    """Every blob once it is complete; until then bytes are read on the word of the registry."""
+    EAGER = "eager"
+    """Every blob before the volume is there."""
 
 
 class Prefetch(StrEnum):
     """What is fetched besides what readers ask for."""
 
     FULL = "full"
+    ONDEMAND = "ondemand"
+    """Nothing. Only with `verify: chunk`: the others check whole blobs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VolumeAttributes:
-    """The checked attributes of one volume."""
+    """The checked attributes of one volume. `verify` None: `chunk` where the model has a block index, else `whole`."""
 
     reference: Reference
-    verify: Verify = Verify.WHOLE
+    verify: Verify | None = None
     prefetch: Prefetch = Prefetch.FULL
 
 
@@ -70,16 +77,22 @@ def parse_attributes(attributes: Mapping[str, str]) -> VolumeAttributes:
             f"volumeAttributes: unknown key {unknown[0]!r}; known keys are {', '.join(ATTRIBUTE_KEYS)}",
             field=unknown[0],
         )
-    return VolumeAttributes(
-        reference=Reference.parse(given[names[0]]),
-        verify=_choice(Verify, given, "verify", Verify.WHOLE),
-        prefetch=_choice(Prefetch, given, "prefetch", Prefetch.FULL),
-    )
+    verify = _choice(Verify, given, "verify")
+    prefetch = _choice(Prefetch, given, "prefetch") or Prefetch.FULL
+    if prefetch is Prefetch.ONDEMAND:
+        if verify not in (None, Verify.CHUNK):
+            raise InvalidVolumeError(
+                f"volumeAttributes: 'prefetch: ondemand' does not go with 'verify: {verify}', which checks whole blobs; "
+                "use 'verify: chunk', or leave one of them out",
+                field="prefetch",
+            )
+        verify = Verify.CHUNK
+    return VolumeAttributes(reference=Reference.parse(given[names[0]]), verify=verify, prefetch=prefetch)
 
 
-def _choice(kind: type[_Choice], given: Mapping[str, str], key: str, default: _Choice) -> _Choice:
+def _choice(kind: type[_Choice], given: Mapping[str, str], key: str) -> _Choice | None:
     try:
-        return kind(given.get(key, default))
+        return kind(given[key]) if key in given else None
     except ValueError:
         allowed = ", ".join(kind)
         raise InvalidVolumeError(
@@ -93,13 +106,14 @@ class MountKey:
     may be left out of the key.
 
     With `verify: whole` bytes are served before the blob's digest is known to be right, on the word of the registry
-    they come from. So the origin is part of the key then: nobody reads what another tenant's registry made up.
+    they come from. So the origin is part of the key then: nobody reads what another tenant's registry made up. With
+    `chunk` it is None, and the same model from two repositories is one mount.
     """
 
     domain: str
     digest: Digest
     verify: Verify
-    origin: str
+    origin: str | None
 
     @property
     def mount_id(self) -> str:
@@ -109,5 +123,9 @@ class MountKey:
 
 
 def mount_key(reference: Reference, digest: Digest, verify: Verify) -> MountKey:
-    """The key of the mount that serves `digest` from there."""
-    return MountKey(domain=SHARED_DOMAIN, digest=digest, verify=verify, origin=reference.origin)
+    """The key of the mount that serves `digest` from there. A layout directory stays part of it: what lies there is for
+    the volumes that may name it. So does the origin with `eager`, where nothing shows that a second registry has the
+    model too (see `csi.fetcher.possession`).
+    """
+    shared = verify is Verify.CHUNK and not reference.is_layout
+    return MountKey(domain=SHARED_DOMAIN, digest=digest, verify=verify, origin=None if shared else reference.origin)

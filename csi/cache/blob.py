@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 
 from csi.cache import format as fmt
-from csi.cache.format import BlobState
+from csi.cache.format import BlobState, Mark
 from csi.errors import CacheError
 from csi.oci.digest import Digest
 from csi.stream import blocks
@@ -40,12 +40,12 @@ class _MappedBlob:
         return BlobState(self._map[fmt.STATE_OFFSET])
 
     def has(self, block: int) -> bool:
-        """Whether the block's bytes are there. Says nothing about their being right: see `state`."""
-        return self._map[fmt.HEADER_BYTES + block] == 1
+        """Whether the block's bytes may be read. Whether they are known to be right is for the mount to say."""
+        return self._map[fmt.HEADER_BYTES + block] == Mark.PRESENT
 
-    def present_blocks(self) -> int:
-        """How many blocks are there."""
-        return self._map[fmt.HEADER_BYTES :].count(1)
+    def stored_blocks(self) -> int:
+        """How many blocks are there, checked or still to be."""
+        return self.block_count - self._map[fmt.HEADER_BYTES :].count(Mark.ABSENT)
 
     def read_into(self, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
         """preadv2 of present bytes at `offset`, within one segment: at most to the segment's end.
@@ -103,16 +103,23 @@ class BlobWriter(_MappedBlob):
     """
 
     @classmethod
-    def open(cls, area_fd: int, digest: Digest, size_bytes: int, boot_id: bytes) -> BlobWriter:
-        """Resume what an earlier writer left, or start empty. Raises: CacheError."""
+    def open(
+        cls, area_fd: int, digest: Digest, size_bytes: int, boot_id: bytes, *, recheck: bool = False
+    ) -> BlobWriter:
+        """Resume what an earlier writer left, or start empty. `recheck`: the caller can and will check every block
+        found here (see `is_kept`) before it marks it. Raises: CacheError.
+        """
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(digest.path_name, 0o750, dir_fd=area_fd)
-            map_fd = _open_map(area_fd, digest.path_name, size_bytes, boot_id)
+            map_fd = _open_map(area_fd, digest.path_name, size_bytes, boot_id, recheck=recheck)
         except OSError as exc:
             raise CacheError(f"cache of blob {digest.short()} cannot be opened: {exc.strerror}") from exc
         try:
-            return cls(area_fd, digest.path_name, map_fd, size_bytes, writable=True)
+            writer = cls(area_fd, digest.path_name, map_fd, size_bytes, writable=True)
+            if recheck:
+                writer._keep_all()
+            return writer
         except (OSError, ValueError) as exc:
             raise CacheError(f"block map of blob {digest.short()} cannot be mapped: {exc}") from exc
         finally:
@@ -133,8 +140,18 @@ class BlobWriter(_MappedBlob):
             raise CacheError(f"cache write failed: {exc.strerror}") from exc
 
     def mark(self, block: int) -> None:
-        """Every byte of the block is written: readers may have it."""
-        self._map[fmt.HEADER_BYTES + block] = 1
+        """Every byte of the block is written (and checked, where that can be done): readers may have it."""
+        self._map[fmt.HEADER_BYTES + block] = Mark.PRESENT
+
+    def is_kept(self, block: int) -> bool:
+        """Whether the block was there at the start and is to be checked: then `mark` or `drop` it."""
+        return self._map[fmt.HEADER_BYTES + block] == Mark.KEPT
+
+    def drop(self, block: int) -> None:
+        """The block's bytes are not what they should be: nobody reads them."""
+        self._map[fmt.HEADER_BYTES + block] = Mark.ABSENT
+        if self.state is BlobState.VERIFIED:
+            self._map[fmt.STATE_OFFSET] = BlobState.FILLING
 
     def mark_verified(self) -> None:
         """The sha256 matched: make the bytes durable, then say so. Raises: CacheError."""
@@ -152,13 +169,17 @@ class BlobWriter(_MappedBlob):
         self._map[fmt.STATE_OFFSET] = BlobState.POISONED
         self._map[fmt.HEADER_BYTES :] = bytes(self.block_count)
 
+    def _keep_all(self) -> None:
+        found = self._map[fmt.HEADER_BYTES :]
+        self._map[fmt.HEADER_BYTES :] = found.translate(_ALL_KEPT)
+
     def _allocate(self, segment: int) -> int:
-        fd = os.open(
-            f"{self._name}/{fmt.segment_name(segment)}",
-            os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
-            _READABLE,
-            dir_fd=self._area_fd,
-        )
+        path = f"{self._name}/{fmt.segment_name(segment)}"
+        try:
+            fd = self._create(path)
+        except (PermissionError, IsADirectoryError):  # not a file of ours: somebody put it there
+            os.rename(path, f"{path}.foreign", src_dir_fd=self._area_fd, dst_dir_fd=self._area_fd)
+            fd = self._create(path)
         try:
             length = blocks.segment_length(self.size_bytes, segment)
             if os.fstat(fd).st_size != length:
@@ -171,13 +192,20 @@ class BlobWriter(_MappedBlob):
             os.close(fd)  # another thread was first
         return kept
 
+    def _create(self, path: str) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(path, flags, _READABLE, dir_fd=self._area_fd)
 
-def _open_map(area_fd: int, name: str, size_bytes: int, boot_id: bytes) -> int:
+
+_ALL_KEPT = bytes([Mark.ABSENT, Mark.KEPT, Mark.KEPT, *[Mark.ABSENT] * 253])
+
+
+def _open_map(area_fd: int, name: str, size_bytes: int, boot_id: bytes, *, recheck: bool) -> int:
     count = blocks.block_count(size_bytes)
     path = f"{name}/{fmt.MAP_NAME}"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _READABLE, dir_fd=area_fd)
     try:
-        if not _is_usable(fd, size_bytes, boot_id):
+        if not _is_usable(fd, size_bytes, boot_id, recheck=recheck):
             header = fmt.MapHeader(size_bytes, blocks.BLOCK_BYTES, count, BlobState.FILLING, boot_id)
             os.ftruncate(fd, 0)
             os.pwrite(fd, fmt.pack_header(header) + bytes(count), 0)
@@ -187,14 +215,16 @@ def _open_map(area_fd: int, name: str, size_bytes: int, boot_id: bytes) -> int:
     return fd
 
 
-def _is_usable(fd: int, size_bytes: int, boot_id: bytes) -> bool:
+def _is_usable(fd: int, size_bytes: int, boot_id: bytes, *, recheck: bool) -> bool:
     try:
         header = fmt.unpack_header(os.pread(fd, fmt.HEADER_BYTES, 0))
     except CacheError:
         return False
     fits = (header.size_bytes, header.block_bytes) == (size_bytes, blocks.BLOCK_BYTES)
     complete = os.fstat(fd).st_size == fmt.HEADER_BYTES + blocks.block_count(size_bytes)
-    trusted = header.state is BlobState.VERIFIED or (header.state is BlobState.FILLING and header.boot_id == boot_id)
+    trusted = header.state is BlobState.VERIFIED or (
+        header.state is BlobState.FILLING and (recheck or header.boot_id == boot_id)
+    )
     return fits and complete and trusted
 
 

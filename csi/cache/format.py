@@ -1,13 +1,15 @@
 """What lies on disk for one blob, in a directory named after its digest:
 
-    map         header (64 bytes) and one byte per 4 MiB block: 0 absent, 1 present
+    map         header (64 bytes) and one byte per 4 MiB block, a `Mark`
     seg-00000   bytes of the blocks 0 to 15, allocated as a whole (posix_fallocate: writing into a hole costs four
     seg-00001   times the CPU), and so on
 
 The map is shared memory between the one writer and any number of readers. A block is marked after its bytes are
 in the segment, so a process that dies at any instant loses at most unmarked blocks. A machine that dies may lose
-page cache behind a mark, so marks of another boot count only once the blob is `VERIFIED`: that state is written
-after fdatasync of every segment and a sha256 over the whole blob.
+page cache behind a mark, and between two mounts anything may happen to a file. So a writer that has the hashes of the
+blocks takes every mark it finds for `KEPT` only, and checks the block before it is read; a writer that has none takes
+marks of another boot only once the blob is `VERIFIED`: that state is written after fdatasync of every segment and a
+sha256 over the whole blob.
 
 All numbers little endian; a change of the layout is a new `VERSION` and another directory (see `area_path`).
 """
@@ -36,6 +38,16 @@ class BlobState(IntEnum):
     """Complete, and its sha256 is the descriptor's digest."""
     POISONED = 2
     """Complete, and its sha256 is not: no byte of it may be served."""
+
+
+class Mark(IntEnum):
+    """What is known of one block."""
+
+    ABSENT = 0
+    PRESENT = 1
+    """Its bytes may be read."""
+    KEPT = 2
+    """Its bytes were there when the writer started, and are to be checked before anybody reads them."""
 
 
 @dataclass(frozen=True, slots=True)

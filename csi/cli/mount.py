@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -33,6 +34,15 @@ def add_parser(subparsers: Any) -> None:
     mount.add_argument("reference", help="registry/repository:tag, …@sha256:…, or oci-layout:/directory")
     mount.add_argument("directory", help="an empty or new directory")
     login.add_flags(mount)
+    mount.add_argument(
+        "--verify",
+        choices=["chunk", "whole", "eager"],
+        help="check every block before it is read; every file once it is complete; every file before the mount is there "
+        "(default: chunk where the model has a block index, else whole)",
+    )
+    mount.add_argument(
+        "--prefetch", choices=["full", "ondemand"], default="full", help="ondemand: fetch only what is read"
+    )
     mount.add_argument("--output", choices=["text", "json"], default="text")
     supervisor.add_flags(mount)
     umount = subparsers.add_parser(
@@ -52,11 +62,12 @@ def run_mount(args: argparse.Namespace) -> int:
     from csi.cli.process_tree import require_root
     from csi.driver.publisher import PublishRequest
     from csi.driver.server import open_publisher
-    from csi.oci.reference import Reference
-    from csi.volume import VolumeAttributes
+    from csi.volume import parse_attributes
 
     require_root()
-    reference = Reference.parse(args.reference)
+    wanted = {"reference": args.reference, "prefetch": args.prefetch}
+    attributes = parse_attributes(wanted | ({"verify": args.verify} if args.verify else {}))
+    reference = attributes.reference
     target_path = _target(args.directory)
     os.makedirs(os.path.dirname(target_path), exist_ok=True)
     args.layout_root = ["/"]  # references are typed by root here, not by a tenant
@@ -65,8 +76,8 @@ def run_mount(args: argparse.Namespace) -> int:
     request = PublishRequest(
         volume_id=f"by-hand {target_path}"[:120],
         target_path=target_path,
-        attributes=VolumeAttributes(reference=reference),
-        arguments=str(reference),
+        attributes=attributes,
+        arguments=json.dumps([str(reference), args.verify, args.prefetch]),
         credentials=login.credentials_of(args, reference),
     )
     try:
@@ -75,8 +86,6 @@ def run_mount(args: argparse.Namespace) -> int:
         _stop_background_if_idle(args.state_dir)
         raise
     if args.output == "json":
-        import json
-
         print(
             json.dumps(
                 {

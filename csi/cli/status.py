@@ -49,6 +49,8 @@ def progress_of(mount: dict[str, Any]) -> tuple[int, int, str]:
     states = {blob["state"] for blob in blobs}
     if "poisoned" in states:
         return present, total, "WRONG BYTES: reads fail"
+    if mount["verify"] == "chunk":
+        return present, total, "every block before it is read"
     verified = sum(blob["state"] == "verified" for blob in blobs)
     if verified == len(blobs) and blobs:
         return present, total, "verified"
@@ -62,6 +64,7 @@ def _lines(mount: dict[str, Any]) -> list[str]:
         mount["reference"],
         f"  cached    {percent:5.1f} %  {present / 1e6:,.1f} of {total / 1e6:,.1f} MB, {mount['files']} files",
         f"  verify    {mount['verify']}: {verification}",
+        f"  prefetch  {mount['prefetch']}",
         f"  workers   worker {mount['worker_pid']} ({mount['worker_restarts']} restarts), "
         f"fetcher {mount['fetcher_pid']} ({mount['fetcher_restarts']} restarts)",
         f"  survives  {'a crash of the worker' if mount['can_resend'] else 'planned upgrades only (kernel < 6.9)'}",

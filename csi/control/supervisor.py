@@ -11,7 +11,7 @@ from csi.control import endpoint, wire
 from csi.errors import ControlError
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
-from csi.volume import Verify
+from csi.volume import Prefetch, Verify
 
 SOCKET_NAME = "supervisor.sock"
 _ENSURE_TIMEOUT_S = 100.0  # below kubelet's two minutes; the work goes on, and the next call joins it
@@ -49,10 +49,13 @@ class SupervisorClient:
         volume_id: str,
         reference: Reference,
         pinned: Digest | None,
-        verify: Verify,
+        verify: Verify | None,
+        prefetch: Prefetch,
         credentials: dict[str, str] | None,
     ) -> LeasedMount:
-        """The mount of that model, made or joined, with a lease for `target_path`."""
+        """The mount of that model, made or joined, with a lease for `target_path`. `verify` None: the best the model
+        allows.
+        """
         fields = self._call(
             "ensure",
             _ENSURE_TIMEOUT_S,
@@ -60,7 +63,8 @@ class SupervisorClient:
             volume_id=volume_id,
             reference=str(reference),
             pinned=str(pinned) if pinned else None,
-            verify=str(verify),
+            verify=str(verify) if verify else None,
+            prefetch=str(prefetch),
             credentials=credentials,
         )
         return _leased(fields)

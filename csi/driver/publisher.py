@@ -137,6 +137,7 @@ class Publisher:
             reference=reference,
             pinned=None if reference.digest else self._pins.get(request.volume_id),
             verify=request.attributes.verify,
+            prefetch=request.attributes.prefetch,
             credentials=request.credentials,
         )
 

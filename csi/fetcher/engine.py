@@ -1,11 +1,16 @@
 """Moves blocks from a source into the cache: threads that each fetch one range at a time, and one that hashes.
 
+Where there is a block index, a block is checked in memory before it is written and marked, and what the cache held
+before this process started is checked before it is marked again. Without one the hashing thread checks each blob
+once it is complete.
+
     _lock        guards the scheduler, the counters and the wake-ups; never held during I/O
     _writers     fixed list after the constructor; a writer's `write_block` is called without the lock
     readers      learn of a block by `on_block` after its mark is set in the shared block map
 
 One thread never does background work, so that a demanded block does not queue behind it. Retries are endless while
-the mount lives: how long a reader waits is the reader's decision (its deadline), not the fetcher's.
+the mount lives: how long a reader waits is the reader's decision (its deadline), not the fetcher's. Only wrong bytes
+end a wait early, after a few tries.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from csi.cache.blob import BlobWriter
@@ -30,8 +35,9 @@ from csi.errors import (
     RegistryAuthError,
     RegistryError,
 )
+from csi.integrity.index import BlobHashes
 from csi.stream import blocks
-from csi.stream.ports import ModelSource
+from csi.stream.ports import ModelSource, RangeReader
 from csi.stream.scheduler import Job, Priority, Scheduler
 from csi.tree.model import BlobSpec
 
@@ -44,6 +50,8 @@ _MAX_DELAY_S = 10.0
 _PIECE_BYTES = 512 * 1024
 _SCARCE_CORES = 4
 _HASH_PATIENCE_S = 0.1
+_TRIES_OF_WRONG_BLOCKS = 3
+_EVENT_INTERVAL_S = 10.0  # of a registry whose every block is wrong we need not speak every time
 _AUTH_DELAY_S = 2.0  # new credentials wake the wait at once
 
 
@@ -66,6 +74,12 @@ class Counters:
     fetched_blocks: int = 0
     retries: int = 0
     cache_errors: int = 0
+    rejected_blocks: int = 0
+    """Received, and not what the index says."""
+    rechecked_blocks: int = 0
+    """Found in the cache at the start, and right."""
+    damaged_blocks: int = 0
+    """Found in the cache at the start, and not right: fetched again."""
     demanded_blocks: int = 0
     last_error: ModelMountError | None = None
     last_error_at: float = 0.0
@@ -73,33 +87,40 @@ class Counters:
 
 
 class FetchEngine:
-    """`writers[i]` is the cache of `specs[i]`. Callbacks come from fetch threads: `on_block(blob, block)`,
-    `on_failed(blob, block, error)` for a block that will not come without being asked for again, and
-    `on_state(blob, error)` when a blob was found right (error None) or wrong.
+    """`sources` are used in turn: the next one when one fails. `writers[i]` is the cache of `specs[i]`, and `hashes[i]` are the hashes of its blocks (None for all, or for none).
+    Callbacks come from fetch threads: `on_block(blob, block)`, `on_failed(blob, block, error)` for a block that will not
+    come without being asked for again, and `on_wrong(error)` when bytes were found wrong, received or stored ones.
     """
 
     def __init__(
         self,
-        source: ModelSource,
+        sources: Sequence[ModelSource],
         specs: Sequence[BlobSpec],
         writers: Sequence[BlobWriter],
         settings: EngineSettings,
         *,
         on_block: Callable[[int, int], None],
         on_failed: Callable[[int, int, ModelMountError], None],
-        on_state: Callable[[int, ModelMountError | None], None],
+        on_wrong: Callable[[ModelMountError], None],
+        hashes: Sequence[BlobHashes] | None = None,
     ) -> None:
-        self._source = source
+        self._sources = list(sources)
+        self._turn = 0  # which source is used; moves on when one fails
         self._specs = specs
         self._writers = writers
         self._settings = settings
-        self._on_block, self._on_failed, self._on_state = on_block, on_failed, on_state
+        self._on_block, self._on_failed, self._on_wrong = on_block, on_failed, on_wrong
+        self._hashes = hashes
         self._lock = threading.Condition()
         self._stopping = False
-        self._generation = 0  # counts credential changes; a wait for new credentials ends when it moves
-        self._scheduler = Scheduler([spec.size_bytes for spec in specs], self._is_present, fill=settings.fill)
+        self._generation = 0  # counts changes of sources and credentials; a wait for better ones ends when it moves
+        self._scheduler = Scheduler(
+            [spec.size_bytes for spec in specs], self._is_present, is_kept=self._is_kept, fill=settings.fill
+        )
         self._counters = Counters()
         self._last_want = 0.0
+        self._wrong_tries: dict[tuple[int, int], int] = {}
+        self._last_event = -_EVENT_INTERVAL_S
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -107,7 +128,8 @@ class FetchEngine:
         for number in range(self._settings.threads):
             least = Priority.AHEAD if number == 0 else Priority.BACKGROUND
             self._spawn(f"fetch-{number}", functools.partial(self._fetch_loop, least))
-        self._spawn("hash", self._hash_loop)
+        if self._hashes is None:
+            self._spawn("hash", self._hash_loop)
 
     def stop(self) -> None:
         """Ask the threads to end after the block they are at. They are daemons: a stalled read does not keep us."""
@@ -127,14 +149,21 @@ class FetchEngine:
             if self._is_present(blob, block):
                 self._on_block(blob, block)
 
+    def fill(self) -> None:
+        """Fetch the whole model from now on."""
+        with self._lock:
+            self._scheduler.fill()
+            self._lock.notify_all()
+
     @property
     def blob_count(self) -> int:
         """How many blobs the mount has."""
         return len(self._specs)
 
-    def credentials_changed(self) -> None:
-        """Try again at once what waits for better credentials."""
+    def use_sources(self, sources: Sequence[ModelSource]) -> None:
+        """Fetch from these from the next range on, and try again at once what waits. Old ones are the caller's to close."""
         with self._lock:
+            self._sources = list(sources)
             self._generation += 1
             self._lock.notify_all()
 
@@ -148,6 +177,9 @@ class FetchEngine:
                 "demanded_blocks": counters.demanded_blocks,
                 "retries": counters.retries,
                 "cache_errors": counters.cache_errors,
+                "rejected_blocks": counters.rejected_blocks,
+                "rechecked_blocks": counters.rechecked_blocks,
+                "damaged_blocks": counters.damaged_blocks,
                 "last_error": counters.last_error.message if counters.last_error else None,
                 "last_error_at": counters.last_error_at,
                 "started_at": counters.started_at,
@@ -156,7 +188,7 @@ class FetchEngine:
                         "digest": str(spec.digest),
                         "size_bytes": spec.size_bytes,
                         "blocks": writer.block_count,
-                        "present_blocks": writer.present_blocks(),
+                        "present_blocks": writer.stored_blocks(),
                         "state": writer.state.name.lower(),
                     }
                     for spec, writer in zip(self._specs, self._writers, strict=True)
@@ -174,6 +206,9 @@ class FetchEngine:
 
     def _is_present(self, blob: int, block: int) -> bool:
         return self._writers[blob].has(block)
+
+    def _is_kept(self, blob: int, block: int) -> bool:
+        return self._writers[blob].is_kept(block)
 
     def _fetch_loop(self, least: Priority) -> None:
         # Page-aligned and reused: fresh memory and unaligned copies each cost more than the network does.
@@ -199,28 +234,96 @@ class FetchEngine:
         return None
 
     def _fetch(self, job: Job, buffer: memoryview) -> None:
-        spec, writer = self._specs[job.blob], self._writers[job.blob]
-        offset = job.first * blocks.BLOCK_BYTES
-        length = min(job.count * blocks.BLOCK_BYTES, spec.size_bytes - offset)
-        reader = self._source.open_range(spec.digest, spec.size_bytes, offset, length)
+        absent = [block for blob, block in job.blocks() if not self._is_good_in_cache(blob, block, buffer)]
+        for first, count in _runs(absent):
+            self._fetch_run(job.blob, first, count, buffer)
+
+    def _is_good_in_cache(self, blob: int, block: int, buffer: memoryview) -> bool:
+        """Check a block that an earlier process left. False for none, and for one that is not right (any more)."""
+        writer = self._writers[blob]
+        if self._hashes is None or not writer.is_kept(block):
+            return False
+        content = buffer[: blocks.block_length(self._specs[blob].size_bytes, block)]
         try:
-            for blob, block in job.blocks():
+            _read_stored(writer, block, content)
+            right = self._hashes[blob].is_right(block, content)
+        except (OSError, CacheError):
+            right = False
+        if right:
+            writer.mark(block)
+            self._arrived(blob, block, fetched_bytes=0)
+            return True
+        writer.drop(block)
+        with self._lock:
+            self._counters.damaged_blocks += 1
+        self._tell_wrong(
+            CacheError(
+                f"blob {self._specs[blob].digest.short()}: block {block} of the cache was damaged; it is fetched again"
+            )
+        )
+        return False
+
+    def _fetch_run(self, blob: int, first: int, count: int, buffer: memoryview) -> None:
+        spec = self._specs[blob]
+        offset = first * blocks.BLOCK_BYTES
+        length = min(count * blocks.BLOCK_BYTES, spec.size_bytes - offset)
+        turn = self._turn
+        source = self._sources[turn % len(self._sources)]
+        try:
+            self._fetch_range(source, blob, first, count, length, buffer)
+        except (RegistryError, ContentError):
+            self._turn = turn + 1
+            raise
+
+    def _fetch_range(
+        self, source: ModelSource, blob: int, first: int, count: int, length: int, buffer: memoryview
+    ) -> None:
+        spec = self._specs[blob]
+        reader = source.open_range(spec.digest, spec.size_bytes, first * blocks.BLOCK_BYTES, length)
+        try:
+            for block in range(first, first + count):
                 length = blocks.block_length(spec.size_bytes, block)
-                for start in range(0, length, _PIECE_BYTES):
-                    piece = buffer[: min(_PIECE_BYTES, length - start)]
-                    reader.readinto(piece)
-                    writer.write(block, start, piece)
-                writer.mark(block)
-                with self._lock:
-                    self._scheduler.done(blob, block)
-                    self._counters.fetched_bytes += length
-                    self._counters.fetched_blocks += 1
-                    self._lock.notify_all()
-                self._on_block(blob, block)
+                self._receive(source, reader, blob, block, buffer[:length])
+                self._arrived(blob, block, fetched_bytes=length)
                 if self._stopping:
                     return
         finally:
             reader.close()
+
+    def _receive(self, source: ModelSource, reader: RangeReader, blob: int, block: int, content: memoryview) -> None:
+        """One block from the network to its mark. Raises: DigestMismatchError, and then nothing of it is stored."""
+        writer = self._writers[blob]
+        if self._hashes is None:
+            for start in range(0, len(content), _PIECE_BYTES):
+                piece = content[start : start + _PIECE_BYTES]
+                reader.readinto(piece)
+                writer.write(block, start, piece)
+        else:
+            reader.readinto(content)
+            if not self._hashes[blob].is_right(block, content):
+                raise self._wrong_block(source, blob, block)
+            writer.write(block, 0, content)
+        writer.mark(block)
+
+    def _wrong_block(self, source: ModelSource, blob: int, block: int) -> DigestMismatchError:
+        spec = self._specs[blob]
+        return DigestMismatchError(
+            f"blob {spec.digest.short()} from {source.origin}: block {block} is not what the model's block index says; "
+            "nothing of it was read or stored; check the registry's storage, or push the model again",
+            subject=str(spec.digest),
+        )
+
+    def _arrived(self, blob: int, block: int, fetched_bytes: int) -> None:
+        with self._lock:
+            self._scheduler.done(blob, block)
+            self._wrong_tries.pop((blob, block), None)
+            if fetched_bytes:
+                self._counters.fetched_bytes += fetched_bytes
+                self._counters.fetched_blocks += 1
+            else:
+                self._counters.rechecked_blocks += 1
+            self._lock.notify_all()
+        self._on_block(blob, block)
 
     def _failed(self, job: Job, error: ModelMountError) -> None:
         # Credentials may be replaced and room be made while readers wait; what is not there stays not there.
@@ -232,10 +335,27 @@ class FetchEngine:
             if isinstance(error, CacheError):
                 self._counters.cache_errors += 1
             missing = [key for key in job.blocks() if not self._is_present(*key)]
+            if isinstance(error, DigestMismatchError) and missing:
+                # What went wrong on the way is right the next time; what is wrong at the source stays wrong.
+                self._counters.rejected_blocks += 1
+                tries = self._wrong_tries[missing[0]] = self._wrong_tries.get(missing[0], 0) + 1
+                again = tries < _TRIES_OF_WRONG_BLOCKS
+                if not again:
+                    del self._wrong_tries[missing[0]]
+                    missing = missing[:1]
             self._scheduler.failed(job, again=again)
+        if isinstance(error, DigestMismatchError):
+            self._tell_wrong(error)
         if not again:
             for blob, block in missing:
                 self._on_failed(blob, block, error)
+
+    def _tell_wrong(self, error: ModelMountError) -> None:
+        with self._lock:
+            if time.monotonic() - self._last_event < _EVENT_INTERVAL_S:
+                return
+            self._last_event = time.monotonic()
+        self._on_wrong(error)
 
     def _pause(self, seconds: float, generation: int) -> None:
         deadline = time.monotonic() + seconds
@@ -268,20 +388,16 @@ class FetchEngine:
                     # Hashing would take the core that the reader's bytes need: a block in a while is enough.
                     self._lock.wait_for(lambda: self._stopping or not self._readers_wait(), _HASH_PATIENCE_S)
             view = buffer[: blocks.block_length(spec.size_bytes, block)]
-            offset = block * blocks.BLOCK_BYTES
-            while view:
-                count = writer.read_into([view], offset)
-                hasher.update(view[:count])
-                view, offset = view[count:], offset + count
+            _read_stored(writer, block, view)
+            hasher.update(view)
         if hasher.hexdigest() == spec.digest.hex:
             try:
                 writer.mark_verified()
             except CacheError as exc:
                 log.warning("blob %s is right, but cannot be kept: %s", spec.digest.short(), exc)
-            self._on_state(blob, None)
             return True
         error = DigestMismatchError(
-            f"blob {spec.digest.short()} from {self._source.origin}: the {spec.size_bytes} bytes received hash to "
+            f"blob {spec.digest.short()} from {self._sources[0].origin}: the {spec.size_bytes} bytes received hash to "
             f"{spec.digest.algorithm}:{hasher.hexdigest()[:12]}; reads of it fail from now on, and its cache is "
             "dropped; check the registry's storage, or push the model again",
             expected=str(spec.digest),
@@ -289,8 +405,27 @@ class FetchEngine:
             subject=str(spec.digest),
         )
         writer.poison()
-        self._on_state(blob, error)
+        self._on_wrong(error)
         return True
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as (first, count) of neighbours."""
+    start = 0
+    for position in range(1, len(numbers) + 1):
+        if position == len(numbers) or numbers[position] != numbers[position - 1] + 1:
+            yield numbers[start], position - start
+            start = position
+
+
+def _read_stored(writer: BlobWriter, block: int, view: memoryview) -> None:
+    """The whole block. Raises: CacheError, OSError."""
+    offset = block * blocks.BLOCK_BYTES
+    while view:
+        count = writer.read_into([view], offset)
+        if count == 0:
+            raise CacheError("a cache segment is shorter than its blob")
+        view, offset = view[count:], offset + count
 
 
 def _delay_s(error: ModelMountError, failures: int) -> float:
@@ -301,7 +436,7 @@ def _delay_s(error: ModelMountError, failures: int) -> float:
     if isinstance(error, RegistryAuthError):
         return _AUTH_DELAY_S
     if isinstance(error, ContentError | RegistryError) and not error.retryable:
-        return _FIRST_DELAY_S
+        return min(_MAX_DELAY_S, _FIRST_DELAY_S * failures)
     return float(min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** min(failures - 1, 10)) * random.uniform(0.5, 1.0))  # noqa: S311
 
 

@@ -1,9 +1,12 @@
 """`modelmount fetcher`: started by the supervisor with one socket; everything else arrives over that socket.
 
-    resolve      a reference in, the manifest's bytes and digest out (also the access check of a later volume)
-    start        where the blobs come from and the mount's cache area; from here on the process serves one mount
+    resolve      a reference in, the manifest's bytes and digest out, and whether the model has a block index (also the
+                 access check of a later volume)
+    start        where the blobs come from, the mount's cache area, how to verify; from here on the process serves one
+                 mount
+    fill         fetch the whole model from now on
     worker       a channel to the mount's (new) worker, which then sends the list of blobs and what it wants
-    credentials  replace the ones in use; reads that wait for better ones go on
+    credentials  where the blobs come from now, and as whom; reads that wait for better credentials go on
     stats        progress and counters
 
 To a worker it says `have` (the block is marked in the shared map), `fail` (it will not come) and `trouble` (what
@@ -20,21 +23,26 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from csi.cache.blob import BlobWriter, this_boot
 from csi.control import wire
-from csi.errors import ControlError, ModelMountError, to_wire
+from csi.errors import CacheError, ControlError, ModelMountError, to_wire
 from csi.fetcher.engine import EngineSettings, FetchEngine
+from csi.fetcher.index_source import has_index, load_index
+from csi.fetcher.possession import prove_possession
+from csi.integrity.index import BlockIndex
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
 from csi.registry.address_rules import AddressRules
 from csi.registry.auth import Credentials
 from csi.registry.client import RegistrySource
 from csi.registry.sources import SourceSettings, open_source
-from csi.stream.ports import ModelSource
+from csi.stream.ports import ManifestBytes, ModelSource
 from csi.stream.scheduler import Priority
 from csi.tree.model import BlobSpec
+from csi.volume import Verify
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +57,10 @@ class Fetcher:
         self._send_lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
-        self._source: ModelSource | None = None
+        self._sources: list[ModelSource] = []
         self._area_fd: int | None = None
+        self._resolved: ManifestBytes | None = None
+        self._index: BlockIndex | None = None
         self._worker: socket.socket | None = None
         self._engine: FetchEngine | None = None
         self._engine_settings = EngineSettings()
@@ -84,11 +94,14 @@ class Fetcher:
                 case "start":
                     self._start(request, fds)
                     self._reply(wire.ok(request))
+                case "fill":
+                    self._fill()
+                    self._reply(wire.ok(request))
                 case "worker":
                     self._attach_worker(wire.exactly(fds, 1)[0])
                     self._reply(wire.ok(request))
                 case "credentials":
-                    self._replace_credentials(request)
+                    self._use_sources(request, fds)
                     self._reply(wire.ok(request))
                 case "stats":
                     self._send_stats(request)
@@ -102,7 +115,9 @@ class Fetcher:
             self._reply(wire.failed(request, exc))
 
     def _resolve(self, request: wire.Message, fds: list[int]) -> None:
-        """Also the access check: the answer shows that these credentials may read that manifest, now."""
+        """Also the access check: the answer shows that these credentials may read that manifest, now, and with `prove`
+        that the registry has the model's blobs and not only its manifest.
+        """
         try:
             reference = Reference.parse(wire.field(request, "reference", str))
             source = open_source(reference, _source_settings(request, fds))
@@ -110,8 +125,14 @@ class Fetcher:
                 manifest = source.fetch_manifest(
                     reference.tag, reference.digest, timeout_s=float(request.get("registry_timeout_s", 20.0))
                 )
+                if request.get("prove"):
+                    if self._index is None:
+                        raise ControlError("fetcher: nothing to prove without a block index; try again")
+                    prove_possession(source, self._index)
             finally:
                 source.close()
+            self._resolved = manifest
+            indexed = has_index(manifest.data)
             manifest_fd = wire.memfd("manifest", manifest.data)
         except ModelMountError as exc:
             self._reply(wire.failed(request, exc))
@@ -121,26 +142,51 @@ class Fetcher:
             self._reply(wire.failed(request, exc))
             return
         try:
-            self._reply(wire.ok(request, digest=str(manifest.digest), media_type=manifest.media_type), [manifest_fd])
+            self._reply(
+                wire.ok(request, digest=str(manifest.digest), media_type=manifest.media_type, indexed=indexed),
+                [manifest_fd],
+            )
         finally:
             os.close(manifest_fd)
 
     def _start(self, request: wire.Message, fds: list[int]) -> None:
-        if not fds or self._source is not None:
+        if not fds or self._sources:
             wire.close_all(fds)
             raise ControlError("fetcher: start needs the cache area, once")
         self._area_fd = fds[0]
         self._engine_settings = EngineSettings(
             threads=wire.field(request, "threads", int), fill=wire.field(request, "fill", bool)
         )
-        reference = Reference.parse(wire.field(request, "reference", str))
-        self._source = open_source(reference, _source_settings(request, fds[1:]))
+        self._use_sources(request, fds[1:])
+        if Verify(wire.field(request, "verify", str)) is Verify.CHUNK:
+            digest = Digest.parse(wire.field(request, "digest", str))
+            resolved = self._resolved
+            known = resolved.data if resolved is not None and resolved.digest == digest else None
+            self._index = load_index(self._area_fd, self._sources[0], digest, known)
+        self._resolved = None
 
-    def _replace_credentials(self, request: wire.Message) -> None:
-        if isinstance(self._source, RegistrySource):
-            self._source.replace_credentials(_credentials(request))
+    def _fill(self) -> None:
+        self._engine_settings = replace(self._engine_settings, fill=True)
         if self._engine is not None:
-            self._engine.credentials_changed()
+            self._engine.fill()
+
+    def _use_sources(self, request: wire.Message, fds: list[int]) -> None:
+        """Fetch from these from now on. A registry that was in use keeps its connections, and gets its credentials."""
+        before = {source.origin: source for source in self._sources}
+        self._sources = []
+        for wanted in wire.field(request, "sources", list):
+            reference = Reference.parse(wire.field(wanted, "reference", str))
+            source = before.pop(reference.origin, None)
+            if source is None:
+                settings = {"plain_http_hosts": request.get("plain_http_hosts", ()), **wanted}
+                source = open_source(reference, _source_settings(settings, fds))
+            elif isinstance(source, RegistrySource):
+                source.replace_credentials(_credentials(wanted))
+            self._sources.append(source)
+        if self._engine is not None:
+            self._engine.use_sources(self._sources)
+        for source in before.values():
+            source.close()
 
     def _attach_worker(self, channel_fd: int) -> None:
         if self._worker is not None:
@@ -187,18 +233,27 @@ class Fetcher:
             os.close(specs_fd)
         if self._engine is not None:
             return
-        if self._source is None or self._area_fd is None:
+        if not self._sources or self._area_fd is None:
             raise ControlError("fetcher: a worker was attached before resolve and start")
+        hashes = None
+        if self._index is not None:
+            if missing := [spec.digest.short() for spec in specs if spec.digest not in self._index]:
+                raise ControlError(f"fetcher: the worker asks for {missing[0]}, which the block index does not have")
+            hashes = [self._index[spec.digest] for spec in specs]
         boot_id = this_boot()
-        writers = [BlobWriter.open(self._area_fd, spec.digest, spec.size_bytes, boot_id) for spec in specs]
+        writers = [
+            BlobWriter.open(self._area_fd, spec.digest, spec.size_bytes, boot_id, recheck=hashes is not None)
+            for spec in specs
+        ]
         self._engine = FetchEngine(
-            self._source,
+            self._sources,
             specs,
             writers,
             self._engine_settings,
             on_block=lambda blob, block: self._tell_worker({"op": "have", "blob": blob, "block": block}),
             on_failed=self._on_failed,
-            on_state=self._on_state,
+            on_wrong=self._on_wrong,
+            hashes=hashes,
         )
         self._engine.start()
 
@@ -210,11 +265,11 @@ class Fetcher:
     def _on_failed(self, blob: int, block: int, error: ModelMountError) -> None:
         self._tell_worker({"op": "fail", "blob": blob, "block": block, "error": to_wire(error)})
 
-    def _on_state(self, blob: int, error: ModelMountError | None) -> None:
-        if error is not None:
-            log.error("%s", error)
-            self._tell_worker({"op": "trouble", "error": to_wire(error)})
-            self._notify_supervisor({"op": "event", "reason": "IntegrityFailure", "error": to_wire(error)})
+    def _on_wrong(self, error: ModelMountError) -> None:
+        log.error("%s", error)
+        reason = "CacheDamaged" if isinstance(error, CacheError) else "IntegrityFailure"
+        self._tell_worker({"op": "trouble", "error": to_wire(error)})
+        self._notify_supervisor({"op": "event", "reason": reason, "error": to_wire(error)})
 
     def _tell_worker(self, message: wire.Message) -> None:
         worker = self._worker
@@ -227,7 +282,7 @@ class Fetcher:
 
     def _send_stats(self, request: wire.Message) -> None:
         snapshot: dict[str, Any] = self._engine.snapshot() if self._engine else {"blobs": []}
-        snapshot["origin"] = self._source.origin if self._source else None
+        snapshot["origins"] = [source.origin for source in self._sources]
         stats_fd = wire.memfd("stats", json.dumps(snapshot).encode())
         try:
             self._reply(wire.ok(request), [stats_fd])

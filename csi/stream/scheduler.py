@@ -46,21 +46,30 @@ def background_order(sizes: Sequence[int]) -> list[int]:
 
 
 class Scheduler:
-    """`is_present(blob, block)` must be cheap; it is asked for every candidate.
+    """`is_present(blob, block)` must be cheap; it is asked for every candidate. `is_kept` says of a block that is not
+    present that it need only be checked: the background leaves it until somebody wants it.
 
     `job_blocks` bounds a range request (two blocks, 8 MiB: long enough to fill a connection, short enough that a
     block demanded behind it does not wait long).
     """
 
     def __init__(
-        self, sizes: Sequence[int], is_present: Callable[[int, int], bool], *, job_blocks: int = 2, fill: bool = True
+        self,
+        sizes: Sequence[int],
+        is_present: Callable[[int, int], bool],
+        *,
+        is_kept: Callable[[int, int], bool] = lambda blob, block: False,
+        job_blocks: int = 2,
+        fill: bool = True,
     ) -> None:
         self._counts = [blocks.block_count(size) for size in sizes]
         self._is_present = is_present
+        self._is_kept = is_kept
         self._job_blocks = job_blocks
         self._wanted: dict[Priority, dict[Block, None]] = {Priority.DEMAND: {}, Priority.AHEAD: {}}
         self._in_flight: dict[Block, Priority] = {}
-        self._order = background_order(sizes) if fill else []
+        self._background = background_order(sizes)
+        self._order = self._background if fill else []
         self._cursor = 0  # position in _order
         self._cursor_block = 0
 
@@ -96,7 +105,7 @@ class Scheduler:
         while self._cursor < len(self._order):
             blob = self._order[self._cursor]
             while self._cursor_block < self._counts[blob]:
-                if self._is_free(blob, self._cursor_block):
+                if self._is_free(blob, self._cursor_block) and not self._is_kept(blob, self._cursor_block):
                     return self._start(blob, self._cursor_block, Priority.BACKGROUND)
                 self._cursor_block += 1
             self._cursor += 1
@@ -119,6 +128,11 @@ class Scheduler:
                 self._wanted[priority][key] = None
         self.rewind()
 
+    def fill(self) -> None:
+        """From now on the whole model is wanted."""
+        self._order = self._background
+        self.rewind()
+
     def rewind(self) -> None:
         """Look at every block again in the background order (blocks were dropped or failed)."""
         self._cursor = self._cursor_block = 0
@@ -133,7 +147,11 @@ class Scheduler:
             and first + count < self._counts[blob]
             and (first + count) % blocks.SEGMENT_BLOCKS
             and self._is_free(blob, first + count)
-            and (priority is Priority.BACKGROUND or self._is_asked_for(blob, first + count))
+            and (
+                not self._is_kept(blob, first + count)
+                if priority is Priority.BACKGROUND
+                else self._is_asked_for(blob, first + count)
+            )
         ):
             count += 1
         job = Job(blob, first, count, priority)

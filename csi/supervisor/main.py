@@ -18,7 +18,7 @@ from csi.oci.digest import Digest
 from csi.oci.reference import Reference
 from csi.supervisor.settings import SupervisorSettings
 from csi.supervisor.supervise import Supervisor, parse_credentials
-from csi.volume import Verify
+from csi.volume import Prefetch, Verify
 
 log = logging.getLogger(__name__)
 
@@ -111,14 +111,15 @@ async def _handle(supervisor: Supervisor, request: wire.Message) -> tuple[dict[s
         case "ping":
             return {"pid": os.getpid()}, []
         case "ensure":
-            pinned = request.get("pinned")
+            pinned, verify = request.get("pinned"), request.get("verify")
             work = asyncio.create_task(
                 supervisor.ensure(
                     target_path=wire.field(request, "target_path", str),
                     volume_id=wire.field(request, "volume_id", str),
                     reference=Reference.parse(wire.field(request, "reference", str)),
                     pinned=Digest.parse(pinned) if pinned else None,
-                    verify=Verify(wire.field(request, "verify", str)),
+                    verify=Verify(verify) if verify else None,
+                    prefetch=Prefetch(wire.field(request, "prefetch", str)),
                     credentials=parse_credentials(request.get("credentials")),
                 )
             )

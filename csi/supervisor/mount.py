@@ -24,12 +24,13 @@ from typing import Any
 
 from csi.control import wire
 from csi.control.keeper import KeeperClient, KeptMount
-from csi.errors import ControlError, ModelMountError, MountError
+from csi.errors import ControlError, DigestMismatchError, ModelMountError, MountError
 from csi.fuse.handshake import RESEND_MESSAGE, BackendName
+from csi.oci.digest import Digest
 from csi.oci.reference import Reference
 from csi.supervisor.child import Child, ChildPool
 from csi.supervisor.settings import SupervisorSettings
-from csi.volume import MountKey
+from csi.volume import MountKey, Prefetch, Verify
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,20 @@ class Lease:
     """A target path that shows the mount. Credentials live in memory only, and are never logged."""
 
     volume_id: str
+    reference: Reference
     credentials: Credentials = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a reference names now. `manifest_fd` is a sealed memfd, the holder's to close. `indexed`: the model carries a
+    block index.
+    """
+
+    manifest_fd: int
+    media_type: str
+    digest: Digest
+    indexed: bool
 
 
 class Mount:
@@ -68,6 +82,9 @@ class Mount:
         self.worker_restarts = 0
         self.fetcher_restarts = 0
         self._keeper, self._pool, self._settings = keeper, pool, settings
+        self.indexed = False
+        self.wanted_at = 0.0
+        self._fill = False
         self._stopping = False
         self._worker: Child | None = None
         self._fetcher: Child | None = None
@@ -75,12 +92,14 @@ class Mount:
         self._init = b""
         self._watchers: list[asyncio.Task[None]] = []
 
-    async def create(self, fetcher: Child, manifest_fd: int, media_type: str, credentials: Credentials) -> None:
+    async def create(self, fetcher: Child, model: Resolved, credentials: Credentials, prefetch: Prefetch) -> None:
         """From a manifest to a served superblock. On failure nothing of it stays.
 
         Raises: UnsupportedModelError (from the worker), MountError (from the keeper), ControlError.
         """
         self._fetcher = fetcher
+        self.indexed = model.indexed
+        self._fill = prefetch is Prefetch.FULL
         try:
             worker_ready = asyncio.create_task(self._pool.take("worker"))
             self._area_fd = _open_area(self._settings.area_dir(self.key), self._settings)
@@ -88,10 +107,10 @@ class Mount:
                 self._layout_fd = os.open(self.reference.layout_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             self._worker = await worker_ready
             self.summary, (self._tree_fd,) = await self._worker.call(
-                "build", _BUILD_TIMEOUT_S, [manifest_fd], media_type=media_type
+                "build", _BUILD_TIMEOUT_S, [model.manifest_fd], media_type=model.media_type
             )
             self._save_tree()
-            await self._start_fetcher(fetcher, credentials)
+            await self._start_fetcher(fetcher, [{"reference": str(self.reference), "credentials": credentials}])
             kept, self._fuse_fd, self._table_fd, self._init = await asyncio.to_thread(
                 self._keeper.mount, self.mount_id, self._settings.read_ahead_kb, self._settings.fuse_backend
             )
@@ -107,39 +126,65 @@ class Mount:
     async def access(self, reference: Reference, credentials: Credentials) -> None:
         """Whether these credentials may read the model, asked of the registry itself.
 
-        Raises: RegistryAuthError, ModelNotFoundError, RegistryUnavailableError.
+        Raises: RegistryAuthError, ModelNotFoundError, RegistryUnavailableError; DigestMismatchError when another registry
+        than the mount's has the manifest but not the blobs.
         """
         if self._fetcher is None:
             raise ControlError(f"mount {self.mount_id[:8]}: its fetcher is being replaced; try again")
-        manifest_fd, _, _ = await resolve(
-            self._fetcher, reference.with_digest(self.key.digest), credentials, self._settings
+        # A registry that only repeats a manifest must not open the door to blobs it does not have.
+        known = {lease.reference.origin for lease in self.leases.values()}
+        stranger = self.key.origin is None and reference.origin not in known
+        model = await resolve(
+            self._fetcher, reference.with_digest(self.key.digest), credentials, self._settings, prove=stranger
         )
-        os.close(manifest_fd)
+        os.close(model.manifest_fd)
+
+    async def add_lease(self, target_path: str, lease: Lease) -> None:
+        """The target shows the mount from now on, and its volume's registry is one more to fetch from."""
+        before = self._sources()
+        self.leases[target_path] = lease
+        if self._sources() != before:
+            await self._use_sources()
 
     async def replace_credentials(self, target_path: str, credentials: Credentials) -> None:
         """A republish brought newer ones: use them from now on."""
         lease = self.leases[target_path]
         if lease.credentials != credentials:
             lease.credentials = credentials
-            await self._use_credentials(credentials)
+            await self._use_sources()
 
     async def drop_lease(self, target_path: str) -> None:
         """The target does not show the mount any more, so its credentials are not used for others either."""
-        dropped = self.leases.pop(target_path)
-        if self.leases and dropped.credentials is not None:
-            await self._use_credentials(self._any_credentials())
+        del self.leases[target_path]
+        if self.leases:
+            await self._use_sources()
+
+    async def fill(self) -> None:
+        """Fetch the whole model from now on: one volume at least wants it."""
+        if not self._fill:
+            self._fill = True
+            if self._fetcher is not None:
+                with contextlib.suppress(ControlError):  # a new fetcher is told when it starts
+                    await self._fetcher.call("fill", 5.0)
+
+    async def progress(self) -> tuple[int, int, ModelMountError | None]:
+        """Bytes verified whole, bytes of the model, and what makes the first of them never complete."""
+        stats = await self._fetch_stats()
+        blobs = stats.get("blobs", [])
+        done = sum(blob["size_bytes"] for blob in blobs if blob["state"] == "verified")
+        total = sum(blob["size_bytes"] for blob in blobs)
+        wrong = next((blob["digest"] for blob in blobs if blob["state"] == "poisoned"), None)
+        error = DigestMismatchError(
+            f"model {self.key.digest.short()}: blob {wrong} is not what its digest says; check the registry's storage, or "
+            "push the model again",
+            subject=wrong,
+        )
+        return done, total if blobs else -1, error if wrong else None
 
     async def stats(self) -> dict[str, Any]:
         """Everything `modelmount status` shows of a mount. Does not touch the mount itself."""
-        progress: dict[str, Any] = {}
         reads: dict[str, Any] = {}
-        if self._fetcher is not None:
-            with contextlib.suppress(ControlError):
-                _, (stats_fd,) = await self._fetcher.call("stats", 2.0)
-                try:
-                    progress = json.loads(wire.read_all(stats_fd, _STATS_LIMIT_BYTES, "stats"))
-                finally:
-                    os.close(stats_fd)
+        progress = await self._fetch_stats()
         if self._worker is not None:
             with contextlib.suppress(ControlError):
                 reads, _ = await self._worker.call("stats", 2.0)
@@ -148,6 +193,7 @@ class Mount:
             "reference": str(self.reference),
             "digest": str(self.key.digest),
             "verify": str(self.key.verify),
+            "prefetch": str(Prefetch.FULL if self._fill else Prefetch.ONDEMAND),
             "device": self.kept.device if self.kept else None,
             "can_resend": self.kept.can_resend if self.kept else None,
             "init_set_version": self.kept.init_set_version if self.kept else None,
@@ -165,6 +211,20 @@ class Mount:
             "progress": progress,
             "events": list(self.events),
         }
+
+    async def _fetch_stats(self) -> dict[str, Any]:
+        """Empty while the fetcher is being replaced."""
+        if self._fetcher is None:
+            return {}
+        try:
+            _, (stats_fd,) = await self._fetcher.call("stats", 2.0)
+        except ControlError:
+            return {}
+        try:
+            stats: dict[str, Any] = json.loads(wire.read_all(stats_fd, _STATS_LIMIT_BYTES, "stats"))
+        finally:
+            os.close(stats_fd)
+        return stats
 
     async def close(self) -> None:
         """Unmount, stop both processes, close everything. Idempotent; never waits for a registry or a reader."""
@@ -188,18 +248,19 @@ class Mount:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._settings.tree_path(self.mount_id))
 
-    async def _start_fetcher(self, fetcher: Child, credentials: Credentials) -> None:
+    async def _start_fetcher(self, fetcher: Child, sources: list[dict[str, Any]]) -> None:
         fds = [self._area_fd] if self._layout_fd < 0 else [self._area_fd, self._layout_fd]
         fetcher.on_notification = self._on_notification
         await fetcher.call(
             "start",
             _SERVE_TIMEOUT_S,
             fds,
-            reference=str(self.reference),
-            credentials=credentials,
+            digest=str(self.key.digest),
+            sources=sources,
             plain_http_hosts=list(self._settings.plain_http_hosts),
             threads=self._settings.fetch_threads,
-            fill=True,
+            fill=self._fill or self.key.verify is not Verify.CHUNK,
+            verify=str(self.key.verify),
         )
 
     async def _serve(self, worker: Child) -> None:
@@ -293,7 +354,7 @@ class Mount:
             fetcher: Child | None = None
             try:
                 fetcher = await self._pool.take("fetcher")
-                await self._start_fetcher(fetcher, self._any_credentials())
+                await self._start_fetcher(fetcher, self._sources())
                 self._fetcher = fetcher
                 channel = await self._channel_to_fetcher()
                 with channel:
@@ -307,16 +368,31 @@ class Mount:
                     continue
                 return  # the worker died meanwhile: its successor gets a channel when it starts
 
-    async def _use_credentials(self, credentials: Credentials) -> None:
+    async def _use_sources(self) -> None:
+        """Tell the fetcher where to fetch from, and as whom, now."""
         if self._fetcher is not None:
             with contextlib.suppress(ControlError):  # a new fetcher gets them when it starts
-                await self._fetcher.call("credentials", 5.0, credentials=credentials)
+                await self._fetcher.call(
+                    "credentials",
+                    5.0,
+                    sources=self._sources(),
+                    plain_http_hosts=list(self._settings.plain_http_hosts),
+                )
 
-    def _any_credentials(self) -> Credentials:
-        for lease in reversed(self.leases.values()):
-            if lease.credentials is not None:
-                return lease.credentials
-        return None
+    def _sources(self) -> list[dict[str, Any]]:
+        """One per origin that a volume names, with that volume's credentials: they go to no other. For each origin the
+        newest volume that has credentials decides, else the newest. There is more than one only where the origin is no
+        part of the key.
+        """
+        chosen: dict[str, Lease] = {}
+        for lease in self.leases.values():
+            held = chosen.get(lease.reference.origin)
+            if held is None or held.credentials is None or lease.credentials is not None:
+                chosen[lease.reference.origin] = lease
+        return [
+            {"reference": str(lease.reference.with_digest(self.key.digest)), "credentials": lease.credentials}
+            for lease in chosen.values()
+        ]
 
     def _on_notification(self, message: wire.Message) -> None:
         if message.get("op") == "event":
@@ -341,9 +417,15 @@ class Mount:
 
 
 async def resolve(
-    fetcher: Child, reference: Reference, credentials: Credentials, settings: SupervisorSettings
-) -> tuple[int, str, str]:
-    """The manifest of `reference`: a sealed memfd (the caller's), its media type, its digest.
+    fetcher: Child,
+    reference: Reference,
+    credentials: Credentials,
+    settings: SupervisorSettings,
+    *,
+    prove: bool = False,
+) -> Resolved:
+    """What `reference` names now. `prove`: the fetcher serves that model already, and checks that this registry has its
+    blobs too.
 
     Raises: what the registry answered, as our errors.
     """
@@ -362,10 +444,16 @@ async def resolve(
             credentials=credentials,
             plain_http_hosts=list(settings.plain_http_hosts),
             registry_timeout_s=settings.resolve_timeout_s,
+            prove=prove,
         )
     finally:
         wire.close_all(layout_fds)
-    return fds[0], wire.field(fields, "media_type", str), wire.field(fields, "digest", str)
+    return Resolved(
+        fds[0],
+        wire.field(fields, "media_type", str),
+        Digest.parse(wire.field(fields, "digest", str)),
+        wire.field(fields, "indexed", bool),
+    )
 
 
 def _open_area(path: str, settings: SupervisorSettings) -> int:

@@ -9,20 +9,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
 from csi.control.keeper import KeeperClient
-from csi.errors import InvalidVolumeError
+from csi.errors import InvalidVolumeError, OperationPendingError, UnsupportedModelError
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
 from csi.supervisor.child import ChildPool, Role
 from csi.supervisor.mount import Credentials, Lease, Mount, resolve
 from csi.supervisor.settings import SupervisorSettings
-from csi.volume import Verify, mount_key
+from csi.volume import Prefetch, Verify, mount_key
 
 log = logging.getLogger(__name__)
+
+_EAGER_PATIENCE_S = 10.0  # then the caller hears how far it is
+_EAGER_POLL_S = 0.2
+_UNWANTED_S = 600.0  # kubelet asks again at least every two minutes
 
 
 class Supervisor:
@@ -39,6 +44,7 @@ class Supervisor:
             settings.spares,
         )
         self._mounts: dict[str, Mount] = {}
+        self._expiries: dict[str, asyncio.Task[None]] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def start(self) -> None:
@@ -52,14 +58,16 @@ class Supervisor:
         volume_id: str,
         reference: Reference,
         pinned: Digest | None,
-        verify: Verify,
+        verify: Verify | None,
+        prefetch: Prefetch,
         credentials: Credentials,
     ) -> dict[str, Any]:
         """The mount of that model, made or joined, leased for `target_path`.
 
         `pinned` is the digest this volume was first published with; it decides over a tag.
 
-        Raises: whatever keeps the model from being mounted; then the lease does not exist.
+        Raises: whatever keeps the model from being mounted; then the lease does not exist. OperationPendingError with
+        `verify: eager` while the model is being downloaded, which goes on; the next call joins it.
         """
         self._check_layout(reference)
         wanted = reference.with_digest(pinned) if pinned else reference
@@ -71,9 +79,13 @@ class Supervisor:
                 if lease is None or lease.credentials != credentials:
                     await mount.access(wanted, credentials)
             else:
-                mount = await self._create(wanted, verify, credentials)
-            mount.leases[target_path] = Lease(volume_id)
-            await mount.replace_credentials(target_path, credentials)
+                mount = await self._create(wanted, verify, prefetch, credentials)
+        if mount.key.verify is Verify.EAGER and not mount.leases:
+            await self._until_verified(mount)
+        async with self._lock(str(wanted)):
+            await mount.add_lease(target_path, Lease(volume_id, wanted, credentials))
+            if prefetch is Prefetch.FULL:
+                await mount.fill()
         for other in list(self._mounts.values()):
             if other is not mount and target_path in other.leases:
                 await self._end_lease(other, target_path)
@@ -107,46 +119,98 @@ class Supervisor:
 
     async def close(self) -> None:
         """End every mount and child. For the one-process-tree mode and tests: in a cluster mounts outlive us."""
+        for expiry in self._expiries.values():
+            expiry.cancel()
         mounts, self._mounts = list(self._mounts.values()), {}
         await asyncio.gather(*(mount.close() for mount in mounts))
         await self._pool.close()
 
-    async def _create(self, wanted: Reference, verify: Verify, credentials: Credentials) -> Mount:
+    async def _until_verified(self, mount: Mount) -> None:
+        """Raises: OperationPendingError with progress; DigestMismatchError, and then the mount ends."""
+        if mount.mount_id not in self._expiries:
+            self._expiries[mount.mount_id] = asyncio.create_task(self._end_if_unwanted(mount))
+        mount.wanted_at = time.monotonic()
+        deadline = mount.wanted_at + _EAGER_PATIENCE_S
+        while True:
+            done, total, error = await mount.progress()
+            if error is not None:
+                await self._end(mount)
+                raise error
+            if done == total:
+                return
+            if time.monotonic() > deadline:
+                raise OperationPendingError(
+                    f"model {mount.key.digest.short()}: {max(0, done) / 1e6:,.0f} of {max(0, total) / 1e6:,.0f} MB are "
+                    "downloaded and checked ('verify: eager'); the volume is there once all of them are"
+                )
+            await asyncio.sleep(_EAGER_POLL_S)
+
+    async def _end_if_unwanted(self, mount: Mount) -> None:
+        """A download that nobody asked after for long ends."""
+        try:
+            while not mount.leases:
+                left = mount.wanted_at + _UNWANTED_S - time.monotonic()
+                if left <= 0:
+                    await self._end(mount)
+                    return
+                await asyncio.sleep(left)
+        finally:
+            self._expiries.pop(mount.mount_id, None)
+
+    async def _end(self, mount: Mount) -> None:
+        if self._mounts.get(mount.mount_id) is mount:
+            del self._mounts[mount.mount_id]
+        await asyncio.shield(asyncio.create_task(mount.close()))
+
+    async def _create(
+        self, wanted: Reference, verify: Verify | None, prefetch: Prefetch, credentials: Credentials
+    ) -> Mount:
         fetcher = await self._pool.take("fetcher")
         try:
-            manifest_fd, media_type, digest_text = await resolve(fetcher, wanted, credentials, self._settings)
+            model = await resolve(fetcher, wanted, credentials, self._settings)
         except BaseException:
             fetcher.kill()
             raise
         try:
-            key = mount_key(wanted, Digest.parse(digest_text), verify)
+            if verify is Verify.CHUNK and not model.indexed:
+                fetcher.kill()
+                raise UnsupportedModelError(
+                    f"model {model.digest.short()}: has no block index, which 'verify: chunk' and 'prefetch: ondemand' "
+                    "need; push it again with 'modelmount push', or leave both out"
+                )
+            key = mount_key(wanted, model.digest, verify or (Verify.CHUNK if model.indexed else Verify.WHOLE))
             async with self._lock(key.mount_id):
                 held = self._mounts.get(key.mount_id)
                 if held is not None and not held.dead:  # another tag, or another spelling, of the same model
                     await fetcher.stop()
+                    if held.key.origin is None:
+                        await held.access(wanted, credentials)
                     return held
                 if held is not None:
                     await held.close()
                 mount = Mount(key, wanted, self._keeper, self._pool, self._settings)
-                await mount.create(fetcher, manifest_fd, media_type, credentials)
+                await mount.create(fetcher, model, credentials, prefetch)
                 if held is not None:
                     mount.leases.update(held.leases)
                 self._mounts[key.mount_id] = mount
                 return mount
         finally:
-            os.close(manifest_fd)
+            os.close(model.manifest_fd)
 
     async def _end_lease(self, mount: Mount, target_path: str) -> None:
         await mount.drop_lease(target_path)
         if not mount.leases:
-            self._mounts.pop(mount.mount_id, None)
-            await asyncio.shield(asyncio.create_task(mount.close()))
+            await self._end(mount)
 
-    def _find(self, wanted: Reference, verify: Verify) -> Mount | None:
+    def _find(self, wanted: Reference, verify: Verify | None) -> Mount | None:
         if wanted.digest is None:
             return None
-        mount = self._mounts.get(mount_key(wanted, wanted.digest, verify).mount_id)
-        return None if mount is None or mount.dead else mount
+        for wish in (verify,) if verify else (Verify.CHUNK, Verify.WHOLE):
+            mount = self._mounts.get(mount_key(wanted, wanted.digest, wish).mount_id)
+            # Nobody gets `whole` by joining one when the model would give more.
+            if mount is not None and not mount.dead and (verify or wish is Verify.CHUNK or not mount.indexed):
+                return mount
+        return None
 
     def _leased(self, target_path: str) -> Mount | None:
         return next((mount for mount in self._mounts.values() if target_path in mount.leases), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import io
 import json
 import socket
 import threading
@@ -16,6 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from csi.integrity import index
+from csi.integrity.index import BlobHashes
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 
@@ -119,8 +123,10 @@ class FakeRegistry:
             self.manifests[f"/v2/{repository}/manifests/{name}"] = (media_type, content)
         return digest
 
-    def add_model(self, repository: str, tag: str, files: dict[str, bytes]) -> str:
-        """A ModelPack artifact of raw layers, written out by hand so that it does not depend on our packer."""
+    def add_model(self, repository: str, tag: str, files: dict[str, bytes], *, indexed: bool = False) -> str:
+        """A ModelPack artifact of raw layers, written out by hand so that it does not depend on our packer. `indexed`:
+        with a block index.
+        """
         layers = [
             {
                 "mediaType": "application/vnd.cncf.model.weight.v1.raw",
@@ -130,7 +136,25 @@ class FakeRegistry:
             }
             for path, content in files.items()
         ]
+        if indexed:
+            layers.append(self.add_index([index.hash_file(io.BytesIO(content)) for content in files.values()]))
         return self.add_manifest(repository, tag, model_manifest(layers, self.add_blob(b"{}")))
+
+    def add_index(self, blobs: list[BlobHashes]) -> dict[str, Any]:
+        """The layer of a block index of these blobs."""
+        data = index.dump(blobs)
+        return {
+            "mediaType": "application/vnd.cncf.model.doc.v1.raw",
+            "digest": self.add_blob(data),
+            "size": len(data),
+            "annotations": {"org.cncf.model.filepath": ".modelmount/index.v1.pb"},
+        }
+
+    def copy_from(self, other: FakeRegistry) -> None:
+        """Everything the other one has, under the same names."""
+        self.blobs |= other.blobs
+        self.blob_readers |= other.blob_readers
+        self.manifests |= other.manifests
 
     def requests(self, part: str) -> list[Seen]:
         """Those whose path contains `part`."""

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "cache": {"stream", "oci"},
     "fuse": {"tree", "stream", "oci"},
     "keeper": {"fuse", "control"},
-    "fetcher": {"registry", "cache", "control", "tree", "stream", "oci"},
+    "fetcher": {"registry", "cache", "control", "integrity", "tree", "stream", "oci"},
     "worker": {"fuse", "cache", "control", "tree", "stream", "oci"},
     "supervisor": {"cache", "control", "fuse", "oci"},
     "kube": set(),

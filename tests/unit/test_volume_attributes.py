@@ -32,6 +32,7 @@ def test_what_kubernetes_adds_is_ignored() -> None:
         ({"reference": "r.io/a:1", "image": "r.io/b:1"}, "image"),
         ({"reference": "r.io/a:1", "verify": "WHOLE"}, "verify"),
         ({"reference": "r.io/a:1", "prefetch": ""}, "prefetch"),
+        ({"reference": "r.io/a:1", "verify": "whole", "prefetch": "ondemand"}, "prefetch"),
         ({"reference": "r.io/a:1", "cacheDir": "/etc"}, "cacheDir"),
     ],
 )
@@ -48,6 +49,19 @@ def test_equal_promises_share_a_mount_and_others_do_not() -> None:
     assert key.mount_id != mount_key(elsewhere, DIGEST, Verify.WHOLE).mount_id
     assert key.mount_id != mount_key(here, Digest.of(b"y"), Verify.WHOLE).mount_id
     assert len(key.mount_id) == 32
+
+
+def test_ondemand_implies_chunk_and_nothing_is_decided_without_a_word() -> None:
+    assert parse_attributes({"reference": "r.io/a:1"}).verify is None
+    assert parse_attributes({"reference": "r.io/a:1", "prefetch": "ondemand"}).verify is Verify.CHUNK
+
+
+def test_only_verified_blocks_are_shared_between_registries() -> None:
+    here, elsewhere = Reference.parse("r.io/a:1"), Reference.parse("mirror.io/a:1")
+    assert mount_key(here, DIGEST, Verify.CHUNK) == mount_key(elsewhere, DIGEST, Verify.CHUNK)
+    assert mount_key(here, DIGEST, Verify.EAGER) != mount_key(elsewhere, DIGEST, Verify.EAGER)
+    layouts = [Reference.parse(f"oci-layout:/{name}:v1") for name in ("a", "b")]
+    assert mount_key(layouts[0], DIGEST, Verify.CHUNK) != mount_key(layouts[1], DIGEST, Verify.CHUNK)
 
 
 def test_the_mount_id_of_a_key_never_changes() -> None:

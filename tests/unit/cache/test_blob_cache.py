@@ -48,7 +48,7 @@ def test_a_reader_sees_a_block_when_it_is_marked(area: int) -> None:
     buffer = bytearray(17)
     assert reader.read_into([memoryview(buffer)], last * blocks.BLOCK_BYTES) == 17
     assert buffer == b"x" * 17
-    assert reader.present_blocks() == 1
+    assert reader.stored_blocks() == 1
     writer.close()
     reader.close()
 
@@ -89,7 +89,7 @@ def test_marks_of_another_boot_count_only_when_the_blob_was_verified(area: int) 
     writer.close()
     writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
     assert writer.state is BlobState.VERIFIED
-    assert writer.present_blocks() == writer.block_count
+    assert writer.stored_blocks() == writer.block_count
     writer.close()
 
 
@@ -103,7 +103,7 @@ def test_a_poisoned_blob_starts_empty(area: int) -> None:
     writer.close()
     reader.close()
     writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
-    assert (writer.state, writer.present_blocks()) == (BlobState.FILLING, 0)
+    assert (writer.state, writer.stored_blocks()) == (BlobState.FILLING, 0)
     writer.close()
 
 
@@ -116,7 +116,7 @@ def test_a_damaged_map_is_an_empty_cache(area: int, tmp_path: Path, damage: byte
     with pytest.raises(CacheError):
         BlobReader.open(area, DIGEST, SIZE)
     writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
-    assert writer.present_blocks() == 0
+    assert writer.stored_blocks() == 0
     writer.close()
 
 
@@ -140,7 +140,7 @@ def test_a_full_disk_is_a_cache_error_and_the_block_stays_absent(area: int, monk
 
 def test_an_empty_blob_has_no_blocks(area: int) -> None:
     writer = BlobWriter.open(area, DIGEST, 0, BOOT)
-    assert (writer.block_count, writer.present_blocks()) == (0, 0)
+    assert (writer.block_count, writer.stored_blocks()) == (0, 0)
     writer.mark_verified()
     writer.close()
 
@@ -154,3 +154,31 @@ def test_the_header_on_disk_is_that_of_version_1() -> None:
     )
     assert fmt.area_path("shared", "00ff") == "v1/shared/mounts/00ff"
     assert fmt.segment_name(7) == "seg-00007"
+
+
+def test_a_writer_that_can_check_takes_every_mark_for_kept_only(area: int) -> None:
+    before = BlobWriter.open(area, DIGEST, SIZE, BOOT)
+    fill(before, 0)
+    fill(before, 2)
+    before.close()
+    writer = BlobWriter.open(area, DIGEST, SIZE, OTHER_BOOT, recheck=True)
+    reader = BlobReader.open(area, DIGEST, SIZE)
+    assert [writer.is_kept(block) for block in range(4)] == [True, False, True, False]
+    assert not any(reader.has(block) for block in range(4)), "nobody reads what is not checked"
+    assert writer.stored_blocks() == 2
+    writer.mark(0)
+    writer.drop(2)
+    assert [reader.has(block) for block in range(4)] == [True, False, False, False]
+    assert writer.stored_blocks() == 1
+    writer.close()
+    reader.close()
+
+
+def test_a_file_that_is_not_ours_is_put_aside(area: int, tmp_path: Path) -> None:
+    writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
+    (tmp_path / DIGEST.path_name / fmt.segment_name(0)).mkdir()
+    content = fill(writer, 1)
+    buffer = bytearray(len(content))
+    writer.read_into([memoryview(buffer)], blocks.BLOCK_BYTES)
+    assert buffer == content
+    writer.close()

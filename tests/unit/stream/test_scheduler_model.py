@@ -100,3 +100,23 @@ def test_small_files_are_filled_before_large_ones() -> None:
 def test_without_fill_nothing_is_fetched_unasked() -> None:
     scheduler = Scheduler([100 * blocks.BLOCK_BYTES], lambda blob, block: False, fill=False)
     assert scheduler.next_job(Priority.BACKGROUND) is None
+
+
+def test_the_background_leaves_what_need_only_be_checked_until_it_is_wanted() -> None:
+    kept = {(0, 1)}
+    scheduler = Scheduler([3 * blocks.BLOCK_BYTES], lambda blob, block: False, is_kept=lambda *key: key in kept)
+    jobs: list[tuple[int, int]] = []
+    while job := scheduler.next_job(Priority.BACKGROUND):
+        jobs += job.blocks()
+    assert jobs == [(0, 0), (0, 2)]
+    scheduler.want(0, 1, 1, Priority.DEMAND)
+    job = scheduler.next_job(Priority.BACKGROUND)
+    assert job is not None
+    assert list(job.blocks()) == [(0, 1)]
+
+
+def test_a_scheduler_that_is_told_to_fill_later_fills() -> None:
+    scheduler = Scheduler([blocks.BLOCK_BYTES], lambda blob, block: False, fill=False)
+    assert scheduler.next_job(Priority.BACKGROUND) is None
+    scheduler.fill()
+    assert scheduler.next_job(Priority.BACKGROUND) is not None
