@@ -174,7 +174,11 @@ def _member(header: bytes, kind: bytes, pending: _Extension, what: str, offset: 
     if len(path.encode()) > _MAX_TEXT_BYTES or len(link_target.encode()) > _MAX_TEXT_BYTES:
         raise _refused(what, offset, f"has a name of more than {_MAX_TEXT_BYTES} bytes", path)
     mtime_s = pending.mtime_s if pending.mtime_s is not None else _mtime(header[136:148])
-    if kind in _FILES and not (kind == b"\0" and path.endswith("/")):  # the oldest form has no type for directories
+    # The oldest form has no type for directories. Some programs look at the whole name for the slash, some at the field.
+    is_old_directory = kind == b"\0" and path.endswith("/")
+    if kind == b"\0" and header[:100].rstrip(b"\0").endswith(b"/") != is_old_directory:
+        raise _refused(what, offset, "is a directory to some programs and a file to others", path)
+    if kind in _FILES and not is_old_directory:
         executable = bool(_lenient_octal(header[100:108]) & 0o111)
         member = Member(path, MemberKind.FILE, offset, size, "", executable, mtime_s)
         return member, _padded(offset + size, what)

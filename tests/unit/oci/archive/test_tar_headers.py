@@ -19,7 +19,6 @@ from csi.oci.archive.table import MemberTable
 
 KINDS = {
     tarfile.REGTYPE: MemberKind.FILE,
-    tarfile.AREGTYPE: MemberKind.FILE,
     tarfile.CONTTYPE: MemberKind.FILE,
     tarfile.DIRTYPE: MemberKind.DIRECTORY,
     tarfile.SYMTYPE: MemberKind.SYMLINK,
@@ -48,7 +47,7 @@ def pack(members: list[tarfile.TarInfo], archive_format: int = tarfile.PAX_FORMA
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=archive_format) as archive:
         for info in members:
-            archive.addfile(info, io.BytesIO(b"\xa5" * info.size) if KINDS[info.type] is MemberKind.FILE else None)
+            archive.addfile(info, io.BytesIO(b"\xa5" * info.size) if info.size else None)
     return out.getvalue()
 
 
@@ -198,6 +197,7 @@ def test_a_member_larger_than_8_gib_is_found_by_pax_and_by_base_256() -> None:
         (changed(one("a", type=tarfile.SYMTYPE, linkname="b"), 124, b"00000001000\0"), "programs disagree"),
         (changed(one("a", type=tarfile.LNKTYPE, linkname="b"), 124, b"00000001000\0"), "programs disagree"),
         (changed(one("a"), 0, b"\xff\xfe"), "not UTF-8"),
+        (pack([one("n" * 99 + "/b", type=tarfile.AREGTYPE)], tarfile.GNU_FORMAT), "directory to some programs"),
         (b"hello" * 200, "checksum"),
         (pax(b"10 size=4\n"), "says in its pax header"),
         (pax(b"11 size=-4\n"), "pax size"),
