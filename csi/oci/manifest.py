@@ -1,4 +1,4 @@
-"""Manifests: bytes in, values out, with every limit and every refusal that does not depend on a model format.
+"""Manifests and indexes: bytes in, values out, with every limit and every refusal that does not depend on a model format.
 
 A manifest that two programs could read as two different things is refused, not interpreted: whoever checked the
 signature, the scan or the policy must have seen the layers that are mounted. `urls` and inline `data` of descriptors
@@ -31,6 +31,8 @@ DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 
 # What a source says that does not know better.
 _NEUTRAL_TYPES = ("", "application/json", "application/octet-stream")
+_ATTESTS = "vnd.docker.reference.type"
+_PLATFORM_WORD = re.compile(r"[A-Za-z0-9._-]{1,40}")
 _MEDIA_TYPE = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,253}[\x21-\x7e])?")
 
 # Things that hang on a model and are never one, by the media types that give them away.
@@ -63,6 +65,40 @@ _DESCRIPTOR_KEYS = ("mediaType", "digest", "size", "annotations", "urls", "data"
 
 
 @dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """One manifest an index lists. `platform` is `os/architecture[/variant]`, empty where there is none."""
+
+    descriptor: Descriptor
+    artifact_type: str = ""
+    platform: str = ""
+
+    @property
+    def attachment(self) -> str | None:
+        """What it is instead of a model: `a signature`, `an attestation`."""
+        if _ATTESTS in self.descriptor.annotations:
+            return "an attestation"
+        return attachment(self.artifact_type) or attachment(self.descriptor.media_type)
+
+    def shown(self) -> str:
+        """For people: `sha256:… linux/amd64 (artifact type, annotations)`."""
+        more = [self.artifact_type] if self.artifact_type else []
+        pairs = list(self.descriptor.annotations.items())[:3]
+        more += [f"{_shown(key, 60)}={_shown(text, 40)}" for key, text in pairs]
+        words = [str(self.descriptor.digest), self.platform, f"({' '.join(more)})" if more else ""]
+        return " ".join(word for word in words if word)
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """An image index or manifest list: several manifests under one reference."""
+
+    media_type: str
+    artifact_type: str
+    entries: tuple[IndexEntry, ...]
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """One image manifest (never an index). `artifact_type` is empty where the manifest has none."""
 
@@ -75,10 +111,23 @@ class Manifest:
 
 
 def parse_manifest(data: bytes, content_type: str | None = None) -> Manifest:
+    """`parse` for those who cannot do with an index. Raises: as `parse`, UnsupportedModelError for an index."""
+    parsed = parse(data, content_type)
+    if isinstance(parsed, Index):
+        candidates = "; ".join(entry.shown() for entry in parsed.entries[:_MAX_LISTED])
+        raise UnsupportedModelError(
+            f"this reference is an index of {len(parsed.entries)} manifests; name one of them by digest: "
+            f"{candidates or 'it is empty'}{'; …' if len(parsed.entries) > _MAX_LISTED else ''}",
+            media_type=parsed.media_type,
+        )
+    return parsed
+
+
+def parse(data: bytes, content_type: str | None = None) -> Manifest | Index:
     """`content_type` is what the source called the bytes; it must agree with the manifest's own word.
 
-    Raises: SizeMismatchError (over 4 MiB), UnsupportedModelError naming the field: not JSON, an index, a signature
-    or SBOM, an ambiguous or malformed manifest.
+    Raises: SizeMismatchError (over 4 MiB), UnsupportedModelError naming the field: not JSON, a signature or SBOM, an
+    ambiguous or malformed manifest.
     """
     document = loads_strict(data, "manifest", MAX_MANIFEST_BYTES)
     _refuse_lookalikes(document, _DOCUMENT_KEYS, "")
@@ -86,7 +135,7 @@ def parse_manifest(data: bytes, content_type: str | None = None) -> Manifest:
         raise UnsupportedModelError("manifest: has both 'manifests' and 'layers'; it could be read as two things")
     media_type = _media_type_of(document, content_type)
     if media_type.lower() in (OCI_INDEX, DOCKER_LIST):
-        raise _index_refused(document)
+        return _index(document, media_type)
     if media_type.lower() not in (OCI_MANIFEST, DOCKER_MANIFEST) or "config" not in document:
         raise UnsupportedModelError(
             f"manifest: media type {media_type!r} with {_listed(document)}; expected an image manifest ({OCI_MANIFEST}) "
@@ -135,48 +184,58 @@ def _media_type_of(document: Mapping[str, Any], content_type: str | None) -> str
 def _refuse_attachments(manifest: Manifest) -> None:
     """By artifact and config type, or by layers if all of them are such: a model may carry its SBOM beside its weights."""
     for media_type in (manifest.artifact_type, manifest.config.media_type):
-        if what := _attachment(media_type):
-            raise _attachment_refused(what, media_type)
-    found = [_attachment(layer.media_type) for layer in manifest.layers]
+        if what := attachment(media_type):
+            raise attachment_refused(what, media_type)
+    found = [attachment(layer.media_type) for layer in manifest.layers]
     if found and found[0] and all(found):
-        raise _attachment_refused(found[0], manifest.layers[0].media_type)
+        raise attachment_refused(found[0], manifest.layers[0].media_type)
 
 
-def _attachment(media_type: str) -> str | None:
+def attachment(media_type: str) -> str | None:
+    """What hangs on a model and is none: `a signature`. None for anything else."""
     return next((what for prefix, what in _ATTACHMENTS.items() if media_type.lower().startswith(prefix)), None)
 
 
-def _attachment_refused(what: str, media_type: str) -> UnsupportedModelError:
+def attachment_refused(what: str, media_type: str) -> UnsupportedModelError:
+    """The refusal of a reference to such a thing."""
     return UnsupportedModelError(
         f"this reference is {what}, not a model ({media_type}); name the model it belongs to", media_type=media_type
     )
 
 
-def _index_refused(document: Mapping[str, Any]) -> UnsupportedModelError:
-    children = document.get("manifests")
+def _index(document: Mapping[str, Any], media_type: str) -> Index:
+    children = document["manifests"]
     if not isinstance(children, list):
-        return UnsupportedModelError("manifest: manifests is not a list", media_type=OCI_INDEX)
-    candidates = [_candidate(child) for child in children[:_MAX_LISTED] if isinstance(child, dict)]
-    listed = "; ".join(candidates) + ("; …" if len(children) > _MAX_LISTED else "")
-    return UnsupportedModelError(
-        f"this reference is an index of {len(children)} manifests; name one of them by digest: {listed or 'it is empty'}",
-        media_type=OCI_INDEX,
+        raise UnsupportedModelError("manifest: manifests is not a list", media_type=media_type)
+    if len(children) > MAX_LAYERS:
+        raise UnsupportedModelError(f"manifest: an index of {len(children)} manifests, the limit is {MAX_LAYERS}")
+    index = Index(
+        media_type=media_type,
+        artifact_type=_media_type(document, "artifactType", "artifactType") if document.get("artifactType") else "",
+        entries=tuple(_entry(child, f"manifests[{position}]") for position, child in enumerate(children)),
+        annotations=_annotations(document, "annotations"),
     )
+    if what := attachment(index.artifact_type):
+        raise attachment_refused(what, index.artifact_type)
+    return index
 
 
-def _candidate(child: Mapping[str, Any]) -> str:
-    """`sha256:… linux/amd64 (application/… key=value …)`, whatever of it is there."""
-    words = [_shown(child.get("digest", "no digest"), 140)]
-    platform = child.get("platform")
-    if isinstance(platform, dict):
-        words.append(
-            "/".join(_shown(platform[key], 20) for key in ("os", "architecture", "variant") if key in platform)
-        )
-    more = [_shown(child["artifactType"], 80)] if child.get("artifactType") else []
-    annotations = child.get("annotations")
-    if isinstance(annotations, dict):
-        more += [f"{_shown(key, 60)}={_shown(text, 40)}" for key, text in list(annotations.items())[:3]]
-    return " ".join(word for word in [*words, f"({' '.join(more)})" if more else ""] if word)
+def _entry(value: Any, path: str) -> IndexEntry:
+    descriptor = _descriptor(value, path)
+    artifact_type = _media_type(value, "artifactType", f"{path}.artifactType") if value.get("artifactType") else ""
+    return IndexEntry(descriptor, artifact_type, _platform(value.get("platform"), f"{path}.platform"))
+
+
+def _platform(value: Any, path: str) -> str:
+    """Some tools write empty platforms, or half ones: as good as none."""
+    if value is None:
+        return ""
+    if not isinstance(value, dict):
+        raise UnsupportedModelError(f"manifest: {path} is not an object")
+    words = [value.get("os"), value.get("architecture"), *([value["variant"]] if value.get("variant") else [])]
+    if not all(isinstance(word, str) and _PLATFORM_WORD.fullmatch(word) for word in words):
+        return ""
+    return "/".join(str(word) for word in words)
 
 
 def _descriptor(value: Any, path: str) -> Descriptor:

@@ -1,8 +1,7 @@
-"""CNCF ModelPack: which file each raw layer is, and how a model is packed so that it streams well.
+"""How a model is packed as a CNCF ModelPack so that it streams well: one raw layer per file, small files first, constant
+metadata, so that equal files make an equal digest. Reading is `csi.oci.formats.modelpack`.
 
-Source: model-spec docs/spec.md and docs/annotations.md. Read tolerantly (names changed from `cnai` to `cncf`, fields
-from snake to camel case, producers add layer types of their own); written in today's form, one raw layer per file,
-with constant metadata, so that equal files make an equal digest.
+Source: model-spec docs/spec.md and docs/annotations.md.
 """
 
 from __future__ import annotations
@@ -10,83 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 from csi.errors import InvalidVolumeError, UnsupportedModelError
 from csi.oci.descriptor import Descriptor
 from csi.oci.digest import Digest
+from csi.oci.formats.layer_names import FILEPATH, HIDDEN_DIRECTORY, METADATA, TITLE
+from csi.oci.formats.modelpack import PREFIXES
 from csi.oci.manifest import MAX_LAYERS, MAX_MANIFEST_BYTES, OCI_MANIFEST, Manifest
 from csi.oci.paths import check_member_path
 
 ARTIFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"
 CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
-FILEPATH = "org.cncf.model.filepath"
-METADATA = "org.cncf.model.file.metadata+json"
-TITLE = "org.opencontainers.image.title"
-
-_PREFIXES = ("application/vnd.cncf.model.", "application/vnd.cnai.model.")
-_FILEPATHS = (FILEPATH, "org.cnai.model.filepath")
-_METADATAS = (METADATA, "org.cnai.model.file.metadata+json", "org.cnai.model.file.metadata")
-_CATEGORIES = ("weight.config", "weight", "doc", "code", "dataset")
-_HIDDEN_DIRECTORY = ".modelmount"
-INDEX_PATH = f"{_HIDDEN_DIRECTORY}/index.v1.pb"
+INDEX_PATH = f"{HIDDEN_DIRECTORY}/index.v1.pb"
 """The file path of the layer that is the model's block index."""
-_MAX_METADATA_BYTES = 64 * 1024
-_MAX_SHOWN_TYPES = 8
-_MTIME_LIMIT_S = 2**40  # beyond the year 36000 a producer is joking
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFile:
-    """One file of a model: the whole of `blob`. `mtime_s` is 0 where the packer gave none."""
-
-    path: str
-    blob: Descriptor
-    category: str
-    mtime_s: int = 0
-    executable: bool = False
-
-
-def is_modelpack(manifest: Manifest) -> bool:
-    """By artifact type, config type or any layer: producers do not agree which of them they set."""
-    types = [manifest.artifact_type, manifest.config.media_type, *(layer.media_type for layer in manifest.layers)]
-    return any(media_type.lower().startswith(_PREFIXES) for media_type in types)
-
-
-def files_of(manifest: Manifest) -> tuple[ModelFile, ...]:
-    """The files of a model with raw layers, in layer order. Layers below `.modelmount/` are ours and no files.
-
-    The name of a layer's file is its annotation `org.cncf.model.filepath`, else `org.cnai.model.filepath`, else the
-    name in its file metadata, else `org.opencontainers.image.title`. The last part of a layer's media type decides
-    the packing; whatever does not begin with `tar` is the file as it is.
-
-    Raises: UnsupportedModelError for another kind of artifact, a tar packing, an unnamed layer, a name that is not a
-    plain relative path, two different files of one name, or a name that is a file and a directory.
-    """
-    if not is_modelpack(manifest):
-        seen = ", ".join(dict.fromkeys(layer.media_type for layer in manifest.layers[:_MAX_SHOWN_TYPES])) or "none"
-        raise UnsupportedModelError(
-            f"not a model: artifactType {manifest.artifact_type or 'none'}, config {manifest.config.media_type}, "
-            f"layers {seen}; expected a CNCF ModelPack artifact (artifactType {ARTIFACT_TYPE}), "
-            "such as 'modelmount push' makes",
-            media_type=manifest.artifact_type or manifest.config.media_type,
-        )
-    files: dict[str, ModelFile] = {}
-    for position, layer in enumerate(manifest.layers):
-        file = _file_of(layer, f"layers[{position}]")
-        if file is None:
-            continue
-        held = files.setdefault(file.path, file)
-        if held.blob.digest != file.blob.digest:
-            raise UnsupportedModelError(
-                f"layers[{position}]: {file.path!r} is named twice, with different contents; pack the model again",
-                path=file.path,
-            )
-    if not files:
-        raise UnsupportedModelError("the model has no files")
-    _refuse_file_directory_conflicts(files)
-    return tuple(files.values())
 
 
 def index_layer_of(manifest: Manifest) -> Descriptor | None:
@@ -100,97 +36,6 @@ def index_layer_of(manifest: Manifest) -> Descriptor | None:
             f"the model has {len(found)} layers {INDEX_PATH}, expected one; push the model again", path=INDEX_PATH
         )
     return next(iter(found.values()), None)
-
-
-def _refuse_file_directory_conflicts(paths: Iterable[str]) -> None:
-    files = set(paths)
-    for path in files:
-        parent = path.rpartition("/")[0]
-        while parent:
-            if parent in files:
-                raise UnsupportedModelError(
-                    f"{parent!r} is a file and also the directory of {path!r}; pack the model again", path=parent
-                )
-            parent = parent.rpartition("/")[0]
-
-
-def _file_of(layer: Descriptor, what: str) -> ModelFile | None:
-    """None for a layer that is not a file of the tree."""
-    media_type = layer.media_type.lower()
-    prefix = next((prefix for prefix in _PREFIXES if media_type.startswith(prefix)), None)
-    if prefix is None:
-        raise UnsupportedModelError(
-            f"{what}: media type {layer.media_type} is not a ModelPack layer ({_PREFIXES[0]}…); push the model again "
-            "with 'modelmount push'",
-            media_type=layer.media_type,
-        )
-    category, packing = _split_type(media_type.removeprefix(prefix))
-    if packing.startswith("tar"):
-        raise UnsupportedModelError(
-            f"{what}: media type {layer.media_type} packs files into a tar archive, which this version does not "
-            "mount; push the model again with raw layers ('modelmount push')",
-            media_type=layer.media_type,
-        )
-    metadata = _metadata(layer)
-    named = [layer.annotations.get(key) for key in _FILEPATHS]
-    name = next((name for name in (*named, metadata.get("name"), layer.annotations.get(TITLE)) if name), None)
-    if not isinstance(name, str):
-        raise UnsupportedModelError(
-            f"{what}: the layer has no file name (annotation {FILEPATH}); pack the model again",
-            media_type=layer.media_type,
-        )
-    path = check_member_path(name, what)
-    if path.split("/")[0] == _HIDDEN_DIRECTORY:
-        return None
-    return ModelFile(
-        path=path,
-        blob=layer,
-        category=category,
-        mtime_s=_mtime_s(metadata.get("mtime")),
-        executable=_is_executable(metadata.get("mode")),
-    )
-
-
-def _split_type(rest: str) -> tuple[str, str]:
-    """`weight.config.v1.tar+gzip` → `weight.config`, `tar+gzip`; a category we do not know is `other`."""
-    for category in _CATEGORIES:
-        head = f"{category}.v1."
-        if rest.startswith(head):
-            return category, rest[len(head) :]
-    return "other", rest.rpartition(".")[2]
-
-
-def _metadata(layer: Descriptor) -> Mapping[str, Any]:
-    """Optional information: what cannot be read is as good as absent."""
-    for key in _METADATAS:
-        text = layer.annotations.get(key)
-        if text is not None and len(text) <= _MAX_METADATA_BYTES:
-            try:
-                value = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(value, dict):
-                return value
-    return {}
-
-
-def _is_executable(mode: object) -> bool:
-    return isinstance(mode, int) and not isinstance(mode, bool) and 0 < mode < 2**32 and bool(mode & 0o111)
-
-
-def _mtime_s(value: object) -> int:
-    """Seconds of an RFC 3339 time; 0 for what is none, or lies before 1970. A time without a zone is UTC."""
-    if not isinstance(value, str) or len(value) > 64:
-        return 0
-    try:
-        time = datetime.fromisoformat(value)
-        seconds = int(time.replace(tzinfo=time.tzinfo or UTC).timestamp())
-    except (ValueError, OverflowError):
-        return 0
-    return seconds if 0 <= seconds < _MTIME_LIMIT_S else 0
-
-
-# --- packing ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,10 +185,22 @@ def _refuse_unmountable_names(files: Sequence[SourceFile]) -> None:
         path = check_member_path(file.path, "file")
         if path != file.path or path in paths:
             raise UnsupportedModelError(f"file {path!r} is there twice, or begins with './'", path=path)
-        if path.split("/")[0] == _HIDDEN_DIRECTORY:
-            raise UnsupportedModelError(f"file {path!r}: {_HIDDEN_DIRECTORY}/ is reserved; leave it out", path=path)
+        if path.split("/")[0] == HIDDEN_DIRECTORY:
+            raise UnsupportedModelError(f"file {path!r}: {HIDDEN_DIRECTORY}/ is reserved; leave it out", path=path)
         paths.add(path)
     _refuse_file_directory_conflicts(paths)
+
+
+def _refuse_file_directory_conflicts(paths: Iterable[str]) -> None:
+    files = set(paths)
+    for path in files:
+        parent = path.rpartition("/")[0]
+        while parent:
+            if parent in files:
+                raise UnsupportedModelError(
+                    f"{parent!r} is a file and also the directory of {path!r}; pack the model again", path=parent
+                )
+            parent = parent.rpartition("/")[0]
 
 
 def _layer(file: SourceFile, category: str) -> Descriptor:
@@ -357,7 +214,7 @@ def _layer(file: SourceFile, category: str) -> Descriptor:
         "typeflag": 0,
     }
     return Descriptor(
-        media_type=f"{_PREFIXES[0]}{category}.v1.raw",
+        media_type=f"{PREFIXES[0]}{category}.v1.raw",
         digest=file.digest,
         size_bytes=file.size_bytes,
         annotations={FILEPATH: file.path, TITLE: file.path, METADATA: _canonical(metadata).decode()},

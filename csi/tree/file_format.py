@@ -23,7 +23,7 @@ from collections.abc import Iterator
 
 from csi.errors import ContentError
 from csi.oci.digest import Digest
-from csi.tree.model import BlobSpec, Encoding, Entry, EntryKind, TreeContent, check
+from csi.tree.model import BlobSpec, Encoding, Entry, EntryKind, TreeContent, checked
 
 VERSION = 2
 _MAGIC = b"MMTREE"
@@ -41,11 +41,10 @@ _ALGORITHM_CODES = {name: code for code, name in _ALGORITHMS.items()}
 
 def dump(content: TreeContent) -> bytes:
     """The bytes of a tree file. Same content, same bytes."""
-    check(content)
     names = bytearray()
     records = bytearray()
     files = total_bytes = 0
-    for entry in content.entries:
+    for entry in checked(content):
         offset = entry.blob_offset
         if entry.kind is EntryKind.FILE:
             files += 1
@@ -87,7 +86,7 @@ def dump(content: TreeContent) -> bytes:
     header = _HEADER.pack(
         _MAGIC,
         VERSION,
-        len(content.entries),
+        len(content),
         len(content.blobs),
         files,
         total_bytes,

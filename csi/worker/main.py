@@ -23,15 +23,16 @@ from typing import Any
 import trio
 
 from csi.control import wire
-from csi.errors import ControlError, ModelMountError, RegistryUnavailableError, from_wire
+from csi.errors import ControlError, ModelMountError, RegistryUnavailableError, UnsupportedModelError, from_wire
 from csi.fuse.handshake import BackendName
 from csi.fuse.port import Backend, Connection, ContentReader, Namespace
 from csi.fuse.pyfuse3_backend import Pyfuse3Backend
 from csi.fuse.raw_backend import RawBackend
+from csi.oci.formats.detect import needs_config, plan_of
 from csi.oci.manifest import parse_manifest
-from csi.oci.modelpack import files_of
 from csi.stream.scheduler import Priority
-from csi.tree import file_format, model
+from csi.tree import file_format
+from csi.tree.assemble import assemble
 from csi.tree.file_format import Tree
 from csi.worker.reader import CachedReader
 
@@ -50,20 +51,18 @@ def build_tree(manifest: bytes, media_type: str) -> bytes:
 
     Raises: UnsupportedModelError and its relatives, naming what cannot be mounted and why.
     """
-    files = files_of(parse_manifest(manifest, media_type))
-    return file_format.dump(
-        model.build(
-            model.TreeFile(
-                path=file.path,
-                blob=model.BlobSpec(file.blob.digest, file.blob.size_bytes),
-                offset=0,
-                length=file.blob.size_bytes,
-                mtime_s=file.mtime_s,
-                executable=file.executable,
-            )
-            for file in files
+    parsed = parse_manifest(manifest, media_type)
+    if needs_config(parsed):
+        raise UnsupportedModelError(f"its config ({parsed.config.media_type}) would have to be read first")
+    plan = plan_of(parsed)
+    if plan.archives:
+        layer = plan.layers[plan.archives[0]].descriptor
+        raise UnsupportedModelError(
+            f"media type {layer.media_type} packs files into an archive, which this version does not mount; push the "
+            "model again with raw layers ('modelmount push')",
+            media_type=layer.media_type,
         )
-    )
+    return file_format.dump(assemble(plan, warn=log.warning))
 
 
 class Worker:

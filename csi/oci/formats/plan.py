@@ -45,7 +45,8 @@ class LayerPlan:
     root); with `member_root` each of them must be that directory or lie in it. With `maybe_file` only the archive itself
     can tell whether it is a packed directory or a file that happens to be an archive: see `settle`.
 
-    `origin` is the `registry/repository` that has the blob; empty for the one the model comes from.
+    `origin` is the `registry/repository` that has the blob; empty for the one the model comes from. `category` is what the
+    packer calls the layer's content (`weight`, `doc`, …), empty where the format has no such word.
     """
 
     descriptor: Descriptor
@@ -57,6 +58,7 @@ class LayerPlan:
     member_root: str = ""
     maybe_file: bool = False
     origin: str = ""
+    category: str = ""
 
     def settle(self, first_member: str | None) -> LayerPlan:
         """This layer without `maybe_file`: an archive when its first member is `member_root` or lies in it, else the file

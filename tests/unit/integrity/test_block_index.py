@@ -15,8 +15,9 @@ from csi.integrity import index
 from csi.integrity.index import BlobHashes
 from csi.oci.descriptor import Descriptor
 from csi.oci.digest import Digest
+from csi.oci.formats.detect import plan_of
 from csi.oci.manifest import parse_manifest
-from csi.oci.modelpack import INDEX_PATH, ModelDescription, SourceFile, files_of, index_layer_of, pack
+from csi.oci.modelpack import INDEX_PATH, ModelDescription, SourceFile, index_layer_of, pack
 from csi.stream.blocks import BLOCK_BYTES
 from csi.wire import index_pb2
 
@@ -139,6 +140,6 @@ def test_a_packed_model_carries_its_index_as_a_layer_that_is_no_file() -> None:
     assert layer is not None
     assert (layer.digest, layer.size_bytes) == (Digest.of(data), len(data))
     assert layer.media_type == "application/vnd.cncf.model.doc.v1.raw"
-    assert [file.path for file in files_of(manifest)] == ["e", "a.safetensors"]
+    assert [file.path for file in plan_of(manifest).layers] == ["e", "a.safetensors"]
     assert set(index.load(data, index.file_layers(manifest.layers, layer), INDEX_PATH)) == {SMALL.digest, EMPTY.digest}
     assert index_layer_of(parse_manifest(pack(sources, ModelDescription()).manifest)) is None

@@ -186,7 +186,9 @@ def test_a_model_that_carries_an_sbom_beside_its_weights_is_not_an_sbom() -> Non
 def test_an_index_lists_at_most_eight_candidates() -> None:
     children = [
         {
+            "mediaType": oci.OCI_MANIFEST,
             "digest": f"sha256:{n:064x}",
+            "size": 2,
             "platform": {"os": "linux", "architecture": "amd64"},
             "artifactType": "application/vnd.cncf.model.manifest.v1+json",
             "annotations": {"quantization": f"q{n}\x1b[2J", "b": "c", "d": "e", "left": "out"},

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from csi.errors import InvalidVolumeError, UnsupportedModelError
 from csi.oci.digest import Digest
+from csi.oci.formats.detect import plan_of
 from csi.oci.manifest import OCI_MANIFEST, parse_manifest
 from csi.oci.modelpack import (
     ARTIFACT_TYPE,
@@ -18,7 +19,6 @@ from csi.oci.modelpack import (
     ModelDescription,
     SourceFile,
     classify,
-    files_of,
     pack,
 )
 
@@ -108,8 +108,8 @@ def test_what_is_packed_is_read_back(contents: dict[str, bytes]) -> None:
             pack(files, _NOTHING)
         return
     model = pack(files, _NOTHING)
-    found = files_of(parse_manifest(model.manifest, OCI_MANIFEST))
-    assert {file.path: (file.blob.digest, file.blob.size_bytes) for file in found} == {
+    found = plan_of(parse_manifest(model.manifest, OCI_MANIFEST)).layers
+    assert {file.path: (file.descriptor.digest, file.descriptor.size_bytes) for file in found} == {
         path: (Digest.of(content), len(content)) for path, content in contents.items()
     }
     assert all(file.mtime_s == 0 and not file.executable for file in found)
