@@ -11,13 +11,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from csi.errors import InvalidVolumeError
+from csi.oci import view
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
+from csi.oci.view import WHOLE_MODEL, View
 
-ATTRIBUTE_KEYS = ("reference", "verify", "prefetch")
+ATTRIBUTE_KEYS = ("reference", "verify", "prefetch", *view.KEYS)
 REFERENCE_ALIASES = ("model.csi.modelpack.org/reference", "modelRef", "image")
 """Keys of other drivers that name the model, so that their published samples work by changing the driver's name."""
 
@@ -53,6 +55,7 @@ class VolumeAttributes:
     reference: Reference
     verify: Verify | None = None
     prefetch: Prefetch = Prefetch.FULL
+    view: View = WHOLE_MODEL
 
 
 def parse_attributes(attributes: Mapping[str, str]) -> VolumeAttributes:
@@ -87,7 +90,9 @@ def parse_attributes(attributes: Mapping[str, str]) -> VolumeAttributes:
                 field="prefetch",
             )
         verify = Verify.CHUNK
-    return VolumeAttributes(reference=Reference.parse(given[names[0]]), verify=verify, prefetch=prefetch)
+    return VolumeAttributes(
+        reference=Reference.parse(given[names[0]]), verify=verify, prefetch=prefetch, view=View.parse(given)
+    )
 
 
 def _choice(kind: type[_Choice], given: Mapping[str, str], key: str) -> _Choice | None:
@@ -114,18 +119,22 @@ class MountKey:
     digest: Digest
     verify: Verify
     origin: str | None
+    view: View = WHOLE_MODEL
 
     @property
     def mount_id(self) -> str:
         """32 hexadecimal digits, the same on every node and in every version."""
-        key = json.dumps([1, self.domain, str(self.digest), self.verify, self.origin], separators=(",", ":"))
-        return hashlib.sha256(key.encode()).hexdigest()[:32]
+        key: list[Any] = [1, self.domain, str(self.digest), self.verify, self.origin]
+        if self.view:
+            key.append(self.view.texts)
+        return hashlib.sha256(json.dumps(key, separators=(",", ":")).encode()).hexdigest()[:32]
 
 
-def mount_key(reference: Reference, digest: Digest, verify: Verify) -> MountKey:
-    """The key of the mount that serves `digest` from there. A layout directory stays part of it: what lies there is for
+def mount_key(reference: Reference, digest: Digest, verify: Verify, view: View = WHOLE_MODEL) -> MountKey:
+    """The key of the mount that serves that view of `digest` from there. A layout directory stays part of it: what lies there is for
     the volumes that may name it. So does the origin with `eager`, where nothing shows that a second registry has the
     model too (see `csi.fetcher.possession`).
     """
     shared = verify is Verify.CHUNK and not reference.is_layout
-    return MountKey(domain=SHARED_DOMAIN, digest=digest, verify=verify, origin=None if shared else reference.origin)
+    origin = None if shared else reference.origin
+    return MountKey(domain=SHARED_DOMAIN, digest=digest, verify=verify, origin=origin, view=view)

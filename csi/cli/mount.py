@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 from csi.cli import login, supervisor
+from csi.cli.view_flags import add_view_flags, view_of
 from csi.errors import ControlError, InvalidVolumeError, MountError
 
 _STATE_DIR = "/run/modelmount-by-hand"
@@ -43,6 +44,7 @@ def add_parser(subparsers: Any) -> None:
     mount.add_argument(
         "--prefetch", choices=["full", "ondemand"], default="full", help="ondemand: fetch only what is read"
     )
+    add_view_flags(mount)
     mount.add_argument("--output", choices=["text", "json"], default="text")
     supervisor.add_flags(mount)
     umount = subparsers.add_parser(
@@ -66,7 +68,8 @@ def run_mount(args: argparse.Namespace) -> int:
 
     require_root()
     wanted = {"reference": args.reference, "prefetch": args.prefetch}
-    attributes = parse_attributes(wanted | ({"verify": args.verify} if args.verify else {}))
+    wanted |= {"verify": args.verify} if args.verify else {}
+    attributes = parse_attributes(wanted | view_of(args).texts)
     reference = attributes.reference
     target_path = _target(args.directory)
     os.makedirs(os.path.dirname(target_path), exist_ok=True)
@@ -77,7 +80,7 @@ def run_mount(args: argparse.Namespace) -> int:
         volume_id=f"by-hand {target_path}"[:120],
         target_path=target_path,
         attributes=attributes,
-        arguments=json.dumps([str(reference), args.verify, args.prefetch]),
+        arguments=json.dumps([str(reference), args.verify, args.prefetch, attributes.view.texts]),
         credentials=login.credentials_of(args, reference),
     )
     try:

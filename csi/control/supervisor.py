@@ -11,6 +11,7 @@ from csi.control import endpoint, wire
 from csi.errors import ControlError
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
+from csi.oci.view import View
 from csi.volume import Prefetch, Verify
 
 SOCKET_NAME = "supervisor.sock"
@@ -51,6 +52,7 @@ class SupervisorClient:
         pinned: Digest | None,
         verify: Verify | None,
         prefetch: Prefetch,
+        view: View,
         credentials: dict[str, str] | None,
     ) -> LeasedMount:
         """The mount of that model, made or joined, with a lease for `target_path`. `verify` None: the best the model
@@ -65,6 +67,7 @@ class SupervisorClient:
             pinned=str(pinned) if pinned else None,
             verify=str(verify) if verify else None,
             prefetch=str(prefetch),
+            view=view.texts,
             credentials=credentials,
         )
         return _leased(fields)

@@ -138,6 +138,7 @@ class Publisher:
             pinned=None if reference.digest else self._pins.get(request.volume_id),
             verify=request.attributes.verify,
             prefetch=request.attributes.prefetch,
+            view=request.attributes.view,
             credentials=request.credentials,
         )
 

@@ -16,6 +16,7 @@ from csi.control.supervisor import SOCKET_NAME
 from csi.errors import ControlError, ModelMountError
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
+from csi.oci.view import View
 from csi.supervisor.settings import SupervisorSettings
 from csi.supervisor.supervise import Supervisor, parse_credentials
 from csi.volume import Prefetch, Verify
@@ -120,6 +121,7 @@ async def _handle(supervisor: Supervisor, request: wire.Message) -> tuple[dict[s
                     pinned=Digest.parse(pinned) if pinned else None,
                     verify=Verify(verify) if verify else None,
                     prefetch=Prefetch(wire.field(request, "prefetch", str)),
+                    view=View.parse(wire.field(request, "view", dict)),
                     credentials=parse_credentials(request.get("credentials")),
                 )
             )

@@ -107,7 +107,7 @@ class Mount:
                 self._layout_fd = os.open(self.reference.layout_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             self._worker = await worker_ready
             self.summary, (self._tree_fd,) = await self._worker.call(
-                "build", _BUILD_TIMEOUT_S, [model.manifest_fd], media_type=model.media_type
+                "build", _BUILD_TIMEOUT_S, [model.manifest_fd], media_type=model.media_type, view=self.key.view.texts
             )
             self._save_tree()
             await self._start_fetcher(fetcher, [{"reference": str(self.reference), "credentials": credentials}])

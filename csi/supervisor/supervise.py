@@ -18,6 +18,7 @@ from csi.control.keeper import KeeperClient
 from csi.errors import InvalidVolumeError, OperationPendingError, UnsupportedModelError
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
+from csi.oci.view import View
 from csi.supervisor.child import ChildPool, Role
 from csi.supervisor.mount import Credentials, Lease, Mount, resolve
 from csi.supervisor.settings import SupervisorSettings
@@ -60,6 +61,7 @@ class Supervisor:
         pinned: Digest | None,
         verify: Verify | None,
         prefetch: Prefetch,
+        view: View,
         credentials: Credentials,
     ) -> dict[str, Any]:
         """The mount of that model, made or joined, leased for `target_path`.
@@ -73,13 +75,13 @@ class Supervisor:
         wanted = reference.with_digest(pinned) if pinned else reference
         # One at a time per reference: the first makes the mount, the others find it.
         async with self._lock(str(wanted)):
-            mount = self._find(wanted, verify)
+            mount = self._find(wanted, verify, view)
             if mount is not None:
                 lease = mount.leases.get(target_path)
                 if lease is None or lease.credentials != credentials:
                     await mount.access(wanted, credentials)
             else:
-                mount = await self._create(wanted, verify, prefetch, credentials)
+                mount = await self._create(wanted, verify, prefetch, view, credentials)
         if mount.key.verify is Verify.EAGER and not mount.leases:
             await self._until_verified(mount)
         async with self._lock(str(wanted)):
@@ -163,7 +165,7 @@ class Supervisor:
         await asyncio.shield(asyncio.create_task(mount.close()))
 
     async def _create(
-        self, wanted: Reference, verify: Verify | None, prefetch: Prefetch, credentials: Credentials
+        self, wanted: Reference, verify: Verify | None, prefetch: Prefetch, view: View, credentials: Credentials
     ) -> Mount:
         fetcher = await self._pool.take("fetcher")
         try:
@@ -178,7 +180,8 @@ class Supervisor:
                     f"model {model.digest.short()}: has no block index, which 'verify: chunk' and 'prefetch: ondemand' "
                     "need; push it again with 'modelmount push', or leave both out"
                 )
-            key = mount_key(wanted, model.digest, verify or (Verify.CHUNK if model.indexed else Verify.WHOLE))
+            promise = verify or (Verify.CHUNK if model.indexed else Verify.WHOLE)
+            key = mount_key(wanted, model.digest, promise, view)
             async with self._lock(key.mount_id):
                 held = self._mounts.get(key.mount_id)
                 if held is not None and not held.dead:  # another tag, or another spelling, of the same model
@@ -202,11 +205,11 @@ class Supervisor:
         if not mount.leases:
             await self._end(mount)
 
-    def _find(self, wanted: Reference, verify: Verify | None) -> Mount | None:
+    def _find(self, wanted: Reference, verify: Verify | None, view: View) -> Mount | None:
         if wanted.digest is None:
             return None
         for wish in (verify,) if verify else (Verify.CHUNK, Verify.WHOLE):
-            mount = self._mounts.get(mount_key(wanted, wanted.digest, wish).mount_id)
+            mount = self._mounts.get(mount_key(wanted, wanted.digest, wish, view).mount_id)
             # Nobody gets `whole` by joining one when the model would give more.
             if mount is not None and not mount.dead and (verify or wish is Verify.CHUNK or not mount.indexed):
                 return mount

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 
 from csi.errors import UnsupportedModelError
 from csi.oci.archive.member import Member, MemberKind
 from csi.oci.formats.plan import LayerPlan, ModelPlan, Packing
+from csi.oci.globs import Globs
 from csi.oci.paths import check_member_path
-from csi.tree.globs import Globs
+from csi.oci.view import View
 from csi.tree.links import LinkSettler, Walker
 from csi.tree.model import BlobSpec, Encoding, EntryKind, TreeBuilder, TreeContent, check_extent
 
@@ -43,14 +43,6 @@ _ENCODINGS = {
 
 _ROOT = TreeBuilder.ROOT
 _FILE, _DIRECTORY, _SYMLINK = int(EntryKind.FILE), int(EntryKind.DIRECTORY), int(EntryKind.SYMLINK)
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """What of a model a volume shows. `sub_path` is the directory that becomes its root, `files` which files below it."""
-
-    sub_path: str = ""
-    files: Globs = field(default_factory=Globs)
 
 
 def assemble(

@@ -30,6 +30,7 @@ from csi.fuse.pyfuse3_backend import Pyfuse3Backend
 from csi.fuse.raw_backend import RawBackend
 from csi.oci.formats.detect import needs_config, plan_of
 from csi.oci.manifest import parse_manifest
+from csi.oci.view import View
 from csi.stream.scheduler import Priority
 from csi.tree import file_format
 from csi.tree.assemble import assemble
@@ -46,8 +47,8 @@ _BACKENDS: dict[BackendName, Callable[[Namespace, ContentReader], Backend]] = {
 }
 
 
-def build_tree(manifest: bytes, media_type: str) -> bytes:
-    """The serialised tree of a model whose layers are raw files.
+def build_tree(manifest: bytes, media_type: str, view: View) -> bytes:
+    """The serialised tree of a view of a model whose layers are raw files.
 
     Raises: UnsupportedModelError and its relatives, naming what cannot be mounted and why.
     """
@@ -62,7 +63,7 @@ def build_tree(manifest: bytes, media_type: str) -> bytes:
             "model again with raw layers ('modelmount push')",
             media_type=layer.media_type,
         )
-    return file_format.dump(assemble(plan, warn=log.warning))
+    return file_format.dump(assemble(plan, view=view, warn=log.warning))
 
 
 class Worker:
@@ -135,7 +136,8 @@ class Worker:
             manifest = wire.read_all(manifest_fd, _MAX_MANIFEST_BYTES, "manifest")
         finally:
             os.close(manifest_fd)
-        content = build_tree(manifest, wire.field(request, "media_type", str))
+        view = View.parse(wire.field(request, "view", dict))
+        content = build_tree(manifest, wire.field(request, "media_type", str), view)
         tree = Tree(content)
         tree_fd = wire.memfd("tree", content)
         try:

@@ -7,6 +7,7 @@ import pytest
 from csi.errors import InvalidVolumeError
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
+from csi.oci.view import View
 from csi.volume import Verify, mount_key, parse_attributes
 
 DIGEST = Digest.of(b"x")
@@ -68,3 +69,48 @@ def test_the_mount_id_of_a_key_never_changes() -> None:
     """It names cache areas on disk: another value would orphan every cache."""
     key = mount_key(Reference.parse("r.io/a:1"), Digest("sha256", "0" * 64), Verify.WHOLE)
     assert key.mount_id == "7977187f8d588420c51affb2abb392cb"
+
+
+def test_what_is_shown_is_part_of_the_key() -> None:
+    """Two views of one model are two trees, so they may not share inode numbers and a page cache."""
+    here = Reference.parse("r.io/a:1")
+    views = [
+        {},
+        {"variant": "q=q4"},
+        {"subPath": "models"},
+        {"subPath": "models/"},
+        {"files": "*.json"},
+        {"files": " *.json ,./b"},
+        {"files": "*.json,b"},
+    ]
+    ids = [mount_key(here, DIGEST, Verify.WHOLE, View.parse(view)).mount_id for view in views]
+    assert ids[0] == mount_key(here, DIGEST, Verify.WHOLE).mount_id
+    assert ids[2] == ids[3]
+    assert ids[5] == ids[6]
+    assert len(set(ids)) == 5
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("subPath", "/models"),
+        ("subPath", "../x"),
+        ("subPath", "a/../b"),
+        ("subPath", "a\nb"),
+        ("files", "/x"),
+        ("files", "a,,b"),
+        ("variant", "x" * 600),
+        ("variant", "\x1b[2J"),
+    ],
+)
+def test_a_view_that_cannot_be_is_refused_by_key(key: str, value: str) -> None:
+    with pytest.raises(InvalidVolumeError) as caught:
+        parse_attributes({"reference": "r.io/a:1", key: value})
+    assert caught.value.fields["field"] == key
+
+
+def test_the_texts_of_a_view_are_the_view() -> None:
+    texts = {"variant": "q=q4,linux/amd64", "subPath": "models/a", "files": "*.json,onnx/**"}
+    assert View.parse(texts).texts == texts
+    assert View.parse({}).texts == {}
+    assert not View.parse({"files": "", "subPath": ""})

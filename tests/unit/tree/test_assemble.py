@@ -12,10 +12,11 @@ from csi.oci.archive.member import Member, MemberKind
 from csi.oci.descriptor import Descriptor
 from csi.oci.digest import Digest
 from csi.oci.formats.plan import LayerPlan, ModelFormat, ModelPlan, Packing
+from csi.oci.globs import Globs
+from csi.oci.view import View
 from csi.tree import file_format
-from csi.tree.assemble import View, assemble
+from csi.tree.assemble import assemble
 from csi.tree.file_format import Tree
-from csi.tree.globs import Globs
 from csi.tree.model import Encoding, EntryKind
 
 SIZE = 1 << 20
@@ -350,7 +351,7 @@ CAR = [
 
 @pytest.mark.parametrize("sub_path", ["models", "srv", "models/"])
 def test_a_sub_path_becomes_the_root(sub_path: str) -> None:
-    assert image(CAR, view=View(sub_path.rstrip("/"))) == {
+    assert image(CAR, view=View.parse({"subPath": sub_path})) == {
         "blobs": None,
         "blobs/1": (0, 1024, 10),
         "hf": None,
@@ -360,32 +361,34 @@ def test_a_sub_path_becomes_the_root(sub_path: str) -> None:
 
 
 def test_a_link_out_of_the_sub_path_becomes_the_file_it_leads_to() -> None:
-    assert image(CAR, view=View("models/hf")) == {"model.bin": (0, 1024, 10)}
+    assert image(CAR, view=View(sub_path="models/hf")) == {"model.bin": (0, 1024, 10)}
 
 
 def test_a_link_out_of_the_sub_path_to_a_directory_is_refused_and_to_nothing_left_out() -> None:
-    message = refused(image, [*CAR, link("models/hf/all", "../blobs")], view=View("models/hf"))
+    message = refused(image, [*CAR, link("models/hf/all", "../blobs")], view=View(sub_path="models/hf"))
     assert "link 'models/hf/all' → '../blobs' leads out of subPath to the directory 'models/blobs'" in message
     warnings: list[str] = []
-    assert set(image([*CAR, link("models/hf/x", "/etc/x")], view=View("models/hf"), warnings=warnings)) == {"model.bin"}
+    assert set(image([*CAR, link("models/hf/x", "/etc/x")], view=View(sub_path="models/hf"), warnings=warnings)) == {
+        "model.bin"
+    }
     assert warnings == ["link 'models/hf/x' → '/etc/x' leads out of the volume, to nothing; left out"]
 
 
 def test_links_of_an_artifact_out_of_the_sub_path() -> None:
     members = [file("blobs/1", 1024, 10), link("hf/model.bin", "../blobs/1"), link("hf/in", "./model.bin")]
-    assert artifact(members, view=View("hf")) == {"in": (0, 1024, 10), "model.bin": (0, 1024, 10)}
+    assert artifact(members, view=View(sub_path="hf")) == {"in": (0, 1024, 10), "model.bin": (0, 1024, 10)}
 
 
 @pytest.mark.parametrize("sub_path", ["nothing", "bin/sh", "models/blobs/1/x"])
 def test_a_sub_path_that_is_no_directory_says_what_there_is(sub_path: str) -> None:
-    message = refused(image, CAR, view=View(sub_path))
+    message = refused(image, CAR, view=View(sub_path=sub_path))
     assert message == f"subPath {sub_path!r} is not a directory of this model; at its top there are bin, models, srv"
 
 
 def test_only_blobs_that_are_shown_are_part_of_the_tree() -> None:
     layers = (raw("a/x", b"1"), raw("b/y", b"2"))
     plan = ModelPlan(format=ModelFormat.MODELPACK, layers=layers)
-    assert [blob.digest for blob in tree_of(plan, view=View("b")).blobs] == [Digest.of(b"2")]
+    assert [blob.digest for blob in tree_of(plan, view=View(sub_path="b")).blobs] == [Digest.of(b"2")]
     assert [blob.digest for blob in tree_of(plan, view=View(files=Globs.parse("a/*"))).blobs] == [Digest.of(b"1")]
 
 
@@ -394,7 +397,7 @@ def test_files_are_chosen_by_pattern() -> None:
     plan = ModelPlan(format=ModelFormat.MODELPACK, layers=layers)
 
     def chosen(patterns: str, sub_path: str = "") -> set[str]:
-        return set(shown(tree_of(plan, view=View(sub_path, Globs.parse(patterns)))))
+        return set(shown(tree_of(plan, view=View(sub_path=sub_path, files=Globs.parse(patterns)))))
 
     assert chosen("*.json") == {"a.json"}
     assert chosen("**/*.json") == {"a.json", "onnx", "onnx/deep", "onnx/deep/c.json"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from csi.errors import InvalidVolumeError
-from csi.tree.globs import Globs
+from csi.oci.globs import Globs
 
 
 @pytest.mark.parametrize(
