@@ -18,6 +18,20 @@ from csi.stream import blocks
 _READABLE = 0o640  # the worker is in the writer's group
 
 
+class _OpenSegment:
+    """A descriptor that is closed with the last reference: a read in another thread may still use it when it is replaced,
+    and must not find another file under its number.
+    """
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
 class _MappedBlob:
     """The block map, mapped; segments opened when first used. Borrows `area_fd`.
 
@@ -25,6 +39,7 @@ class _MappedBlob:
     """
 
     def __init__(self, area_fd: int, name: str, map_fd: int, size_bytes: int, *, writable: bool) -> None:
+        """`map_fd` -1: a map in memory only."""
         self._area_fd = area_fd
         self._name = name
         self._flags = os.O_RDWR if writable else os.O_RDONLY
@@ -32,7 +47,7 @@ class _MappedBlob:
         self.block_count = blocks.block_count(size_bytes)
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self._map = mmap.mmap(map_fd, fmt.HEADER_BYTES + self.block_count, mmap.MAP_SHARED, protection)
-        self._segments: dict[int, int] = {}
+        self._segments: dict[int, _OpenSegment] = {}
 
     @property
     def state(self) -> BlobState:
@@ -54,24 +69,27 @@ class _MappedBlob:
         when the segment is missing.
         """
         segment, at = offset // blocks.SEGMENT_BYTES, offset % blocks.SEGMENT_BYTES
-        return os.preadv(self._segment_fd(segment), buffers, at, flags)
+        opened = self._opened(segment)  # held until the read is done
+        return os.preadv(opened.fd, buffers, at, flags)
 
-    def _segment_fd(self, segment: int) -> int:
-        fd = self._segments.get(segment)
-        if fd is None:
+    def _opened(self, segment: int) -> _OpenSegment:
+        opened = self._segments.get(segment)
+        if opened is None:
             try:
                 path = f"{self._name}/{fmt.segment_name(segment)}"
                 fd = os.open(path, self._flags | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._area_fd)
             except OSError as exc:
                 raise CacheError(f"cache segment {segment} cannot be opened: {exc.strerror}") from exc
-            self._segments[segment] = fd
-        return fd
+            opened = self._segments.setdefault(segment, _OpenSegment(fd))
+        return opened
+
+    def forget_segments(self) -> None:
+        """Open them anew at the next use: what they were may have been replaced."""
+        self._segments = {}
 
     def close(self) -> None:
         """Idempotent."""
-        for fd in self._segments.values():
-            os.close(fd)
-        self._segments.clear()
+        self.forget_segments()
         self._map.close()
 
 
@@ -125,16 +143,19 @@ class BlobWriter(_MappedBlob):
         finally:
             os.close(map_fd)
 
+    @classmethod
+    def without_disk(cls, area_fd: int, digest: Digest, size_bytes: int) -> BlobWriter:
+        """For a cache that cannot even hold the map: it has no block, and every write may fail."""
+        return cls(area_fd, digest.path_name, -1, size_bytes, writable=True)
+
     def write(self, block: int, start: int, data: memoryview) -> None:
         """Write bytes of a block from `start` within it. Raises: CacheError (a full disk)."""
         segment, offset = blocks.segment_of(block)
         offset += start
         try:
-            fd = self._segments.get(segment)
-            if fd is None:
-                fd = self._allocate(segment)
+            opened = self._segments.get(segment) or self._allocate(segment)
             while data:
-                written = os.pwrite(fd, data, offset)
+                written = os.pwrite(opened.fd, data, offset)
                 data, offset = data[written:], offset + written
         except OSError as exc:
             raise CacheError(f"cache write failed: {exc.strerror}") from exc
@@ -157,7 +178,7 @@ class BlobWriter(_MappedBlob):
         """The sha256 matched: make the bytes durable, then say so. Raises: CacheError."""
         try:
             for segment in range(-(-self.size_bytes // blocks.SEGMENT_BYTES)):
-                os.fdatasync(self._segment_fd(segment))
+                os.fdatasync(self._opened(segment).fd)
         except OSError as exc:
             raise CacheError(f"cache sync failed: {exc.strerror}") from exc
         self._map.flush()
@@ -173,7 +194,7 @@ class BlobWriter(_MappedBlob):
         found = self._map[fmt.HEADER_BYTES :]
         self._map[fmt.HEADER_BYTES :] = found.translate(_ALL_KEPT)
 
-    def _allocate(self, segment: int) -> int:
+    def _allocate(self, segment: int) -> _OpenSegment:
         path = f"{self._name}/{fmt.segment_name(segment)}"
         try:
             fd = self._create(path)
@@ -187,10 +208,7 @@ class BlobWriter(_MappedBlob):
         except OSError:
             os.close(fd)
             raise
-        kept = self._segments.setdefault(segment, fd)
-        if kept != fd:
-            os.close(fd)  # another thread was first
-        return kept
+        return self._segments.setdefault(segment, _OpenSegment(fd))  # another thread may have been first
 
     def _create(self, path: str) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW

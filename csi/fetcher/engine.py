@@ -4,8 +4,11 @@ Where there is a block index, a block is checked in memory before it is written 
 before this process started is checked before it is marked again. Without one the hashing thread checks each blob
 once it is complete.
 
+A reader never waits for the disk. Where a block cannot be written (full, broken, no room in the cache) or writing is
+slow, what readers asked for is lent to the worker in memory, and written behind that or not at all; see `csi.cache.ring`.
+
     _lock        guards the scheduler, the counters and the wake-ups; never held during I/O
-    _writers     fixed list after the constructor; a writer's `write_block` is called without the lock
+    _writers     fixed list after the constructor; written to without the lock
     readers      learn of a block by `on_block` after its mark is set in the shared block map
 
 One thread never does background work, so that a demanded block does not queue behind it. Retries are endless while
@@ -19,6 +22,7 @@ import functools
 import logging
 import mmap
 import os
+import queue
 import random
 import threading
 import time
@@ -27,6 +31,7 @@ from dataclasses import dataclass, field
 
 from csi.cache.blob import BlobWriter
 from csi.cache.format import BlobState
+from csi.cache.ring import LendingRing
 from csi.errors import (
     CacheError,
     ContentError,
@@ -52,6 +57,10 @@ _SCARCE_CORES = 4
 _HASH_PATIENCE_S = 0.1
 _TRIES_OF_WRONG_BLOCKS = 3
 _EVENT_INTERVAL_S = 10.0  # of a registry whose every block is wrong we need not speak every time
+_CACHE_REST_S = 5.0
+"""How long nothing is written after the cache refused a write."""
+_SLOW_WRITE_S, _QUICK_WRITE_S = 0.1, 0.01
+"""Seconds for a block, averaged: from the first on the disk is slow, below the second it is quick again."""
 _AUTH_DELAY_S = 2.0  # new credentials wake the wait at once
 
 
@@ -81,15 +90,22 @@ class Counters:
     damaged_blocks: int = 0
     """Found in the cache at the start, and not right: fetched again."""
     demanded_blocks: int = 0
+    lent_blocks: int = 0
+    """Handed to readers in memory, because the disk was full, broken or slow."""
+    unwritten_blocks: int = 0
+    """Of those, the ones that were not written at all."""
     last_error: ModelMountError | None = None
     last_error_at: float = 0.0
     started_at: float = field(default_factory=time.time)
 
 
 class FetchEngine:
-    """`sources` are used in turn: the next one when one fails. `writers[i]` is the cache of `specs[i]`, and `hashes[i]` are the hashes of its blocks (None for all, or for none).
-    Callbacks come from fetch threads: `on_block(blob, block)`, `on_failed(blob, block, error)` for a block that will not
-    come without being asked for again, and `on_wrong(error)` when bytes were found wrong, received or stored ones.
+    """`sources` are used in turn: the next one when one fails. `writers[i]` is the cache of `specs[i]`, and `hashes[i]`
+    are the hashes of its blocks (None for all, or for none).
+
+    Callbacks come from our threads: `on_block(blob, block)`, `on_failed(blob, block, error)` for a block that will not
+    come without being asked for again, `on_wrong(error)` when bytes were found wrong, received or stored ones, and
+    `on_lent(blob, block, slot)`, which says whether the worker has been told of that slot of `ring`.
     """
 
     def __init__(
@@ -102,6 +118,8 @@ class FetchEngine:
         on_block: Callable[[int, int], None],
         on_failed: Callable[[int, int, ModelMountError], None],
         on_wrong: Callable[[ModelMountError], None],
+        on_lent: Callable[[int, int, int], bool],
+        ring: LendingRing,
         hashes: Sequence[BlobHashes] | None = None,
     ) -> None:
         self._sources = list(sources)
@@ -110,6 +128,7 @@ class FetchEngine:
         self._writers = writers
         self._settings = settings
         self._on_block, self._on_failed, self._on_wrong = on_block, on_failed, on_wrong
+        self._on_lent, self._ring = on_lent, ring
         self._hashes = hashes
         self._lock = threading.Condition()
         self._stopping = False
@@ -121,6 +140,10 @@ class FetchEngine:
         self._last_want = 0.0
         self._wrong_tries: dict[tuple[int, int], int] = {}
         self._last_event = -_EVENT_INTERVAL_S
+        self._no_writes_until = 0.0
+        self._write_s = 0.0  # seconds that writing a block takes, averaged
+        self._disk_is_slow = False
+        self._behind: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -128,6 +151,7 @@ class FetchEngine:
         for number in range(self._settings.threads):
             least = Priority.AHEAD if number == 0 else Priority.BACKGROUND
             self._spawn(f"fetch-{number}", functools.partial(self._fetch_loop, least))
+        self._spawn("write", self._write_loop)
         if self._hashes is None:
             self._spawn("hash", self._hash_loop)
 
@@ -148,6 +172,18 @@ class FetchEngine:
         for block in range(first, min(first + count, self._writers[blob].block_count)):
             if self._is_present(blob, block):
                 self._on_block(blob, block)
+
+    def damaged(self, blob: int, block: int) -> None:
+        """A block that is marked cannot be read from the cache: fetch it again."""
+        if not 0 <= block < self._writers[blob].block_count or not self._is_present(blob, block):
+            return
+        self._drop(blob, block)
+        self.want(blob, block, 1, Priority.DEMAND)
+
+    def room_again(self) -> None:
+        """Slots of the ring came back."""
+        with self._lock:
+            self._lock.notify_all()
 
     def fill(self) -> None:
         """Fetch the whole model from now on."""
@@ -175,6 +211,8 @@ class FetchEngine:
                 "fetched_bytes": counters.fetched_bytes,
                 "fetched_blocks": counters.fetched_blocks,
                 "demanded_blocks": counters.demanded_blocks,
+                "lent_blocks": counters.lent_blocks,
+                "unwritten_blocks": counters.unwritten_blocks,
                 "retries": counters.retries,
                 "cache_errors": counters.cache_errors,
                 "rejected_blocks": counters.rejected_blocks,
@@ -228,15 +266,29 @@ class FetchEngine:
     def _next_job(self, least: Priority) -> Job | None:
         with self._lock:
             while not self._stopping:
-                if job := self._scheduler.next_job(least):
+                allowed, patience_s = self._allowed(least)
+                if job := self._scheduler.next_job(allowed):
                     return job
-                self._lock.wait()
+                self._lock.wait(patience_s)
         return None
+
+    def _allowed(self, least: Priority) -> tuple[Priority, float | None]:
+        """What may be fetched now, and when to ask again. What nobody waits for is fetched to be kept or not at all, and
+        not in the way of what somebody waits for; what somebody may want soon needs room in memory while there is none
+        on the disk.
+        """
+        rest = self._no_writes_until - time.monotonic()
+        if rest > 0:
+            full = self._ring.free_slots <= self._ring.slots // 4
+            return (Priority.DEMAND if full else min(least, Priority.AHEAD)), rest
+        if self._disk_is_slow and self._readers_wait():
+            return min(least, Priority.AHEAD), _HASH_PATIENCE_S
+        return least, None
 
     def _fetch(self, job: Job, buffer: memoryview) -> None:
         absent = [block for blob, block in job.blocks() if not self._is_good_in_cache(blob, block, buffer)]
         for first, count in _runs(absent):
-            self._fetch_run(job.blob, first, count, buffer)
+            self._fetch_run(job, first, count, buffer)
 
     def _is_good_in_cache(self, blob: int, block: int, buffer: memoryview) -> bool:
         """Check a block that an earlier process left. False for none, and for one that is not right (any more)."""
@@ -253,7 +305,11 @@ class FetchEngine:
             writer.mark(block)
             self._arrived(blob, block, fetched_bytes=0)
             return True
-        writer.drop(block)
+        self._drop(blob, block)
+        return False
+
+    def _drop(self, blob: int, block: int) -> None:
+        self._writers[blob].drop(block)
         with self._lock:
             self._counters.damaged_blocks += 1
         self._tell_wrong(
@@ -261,49 +317,118 @@ class FetchEngine:
                 f"blob {self._specs[blob].digest.short()}: block {block} of the cache was damaged; it is fetched again"
             )
         )
-        return False
 
-    def _fetch_run(self, blob: int, first: int, count: int, buffer: memoryview) -> None:
-        spec = self._specs[blob]
+    def _fetch_run(self, job: Job, first: int, count: int, buffer: memoryview) -> None:
+        spec, turn = self._specs[job.blob], self._turn
+        source = self._sources[turn % len(self._sources)]
         offset = first * blocks.BLOCK_BYTES
         length = min(count * blocks.BLOCK_BYTES, spec.size_bytes - offset)
-        turn = self._turn
-        source = self._sources[turn % len(self._sources)]
         try:
-            self._fetch_range(source, blob, first, count, length, buffer)
+            reader = source.open_range(spec.digest, spec.size_bytes, offset, length)
+            try:
+                for block in range(first, first + count):
+                    content = buffer[: blocks.block_length(spec.size_bytes, block)]
+                    self._receive(source, reader, job.blob, block, content)
+                    self._arrived(job.blob, block, fetched_bytes=len(content))
+                    if self._stopping:
+                        return
+            finally:
+                reader.close()
         except (RegistryError, ContentError):
             self._turn = turn + 1
             raise
 
-    def _fetch_range(
-        self, source: ModelSource, blob: int, first: int, count: int, length: int, buffer: memoryview
-    ) -> None:
-        spec = self._specs[blob]
-        reader = source.open_range(spec.digest, spec.size_bytes, first * blocks.BLOCK_BYTES, length)
-        try:
-            for block in range(first, first + count):
-                length = blocks.block_length(spec.size_bytes, block)
-                self._receive(source, reader, blob, block, buffer[:length])
-                self._arrived(blob, block, fetched_bytes=length)
-                if self._stopping:
-                    return
-        finally:
-            reader.close()
-
     def _receive(self, source: ModelSource, reader: RangeReader, blob: int, block: int, content: memoryview) -> None:
-        """One block from the network to its mark. Raises: DigestMismatchError, and then nothing of it is stored."""
-        writer = self._writers[blob]
-        if self._hashes is None:
-            for start in range(0, len(content), _PIECE_BYTES):
-                piece = content[start : start + _PIECE_BYTES]
-                reader.readinto(piece)
-                writer.write(block, start, piece)
+        """One block from the network to its mark, or to the worker. Raises: DigestMismatchError, and then nothing of it
+        is stored or read.
+        """
+        if self._hashes is None and not self._disk_is_slow:
+            self._receive_and_write(reader, blob, block, content)
+            return
+        reader.readinto(content)
+        if self._hashes is not None and not self._hashes[blob].is_right(block, content):
+            raise self._wrong_block(source, blob, block)
+        if not (self._disk_is_slow and self._readers_wait() and self._lend(blob, block, content, write=True)):
+            self._write(blob, block, 0, content, last=True)
+
+    def _receive_and_write(self, reader: RangeReader, blob: int, block: int, content: memoryview) -> None:
+        """In pieces: what is written while it is in a core's cache costs less."""
+        for start in range(0, len(content), _PIECE_BYTES):
+            piece = content[start : start + _PIECE_BYTES]
+            reader.readinto(piece)
+            if not self._write(blob, block, start, piece, last=start + len(piece) == len(content)):
+                reader.readinto(content[start + len(piece) :])
+                self._lend(blob, block, content, write=False)
+                return
+
+    def _write(self, blob: int, block: int, start: int, content: memoryview, *, last: bool) -> bool:
+        """Write bytes of a block, and mark it after the `last` ones. False when the cache does not take them; then a whole
+        block is lent instead.
+        """
+        begun = time.monotonic()
+        try:
+            if begun < self._no_writes_until:
+                raise CacheError("the cache takes no writes at the moment")
+            self._writers[blob].write(block, start, content)
+        except CacheError as exc:
+            self._cache_failed(exc)
+            if start == 0 and last:
+                self._lend(blob, block, content, write=False)
+            return False
+        self._note_write_time(time.monotonic() - begun, len(content))
+        if last:
+            self._writers[blob].mark(block)
+        return True
+
+    def _lend(self, blob: int, block: int, content: memoryview, *, write: bool) -> bool:
+        """Give a block to the worker in memory, and `write` it behind its back if there is time. False: no room."""
+        slot = self._ring.lend(content)
+        if slot is None:
+            return False
+        if write and self._ring.free_slots > self._ring.slots // 2:
+            self._ring.hold(slot)
+            self._behind.put((blob, block, slot))
         else:
-            reader.readinto(content)
-            if not self._hashes[blob].is_right(block, content):
-                raise self._wrong_block(source, blob, block)
-            writer.write(block, 0, content)
-        writer.mark(block)
+            with self._lock:
+                self._counters.unwritten_blocks += 1
+        with self._lock:
+            self._counters.lent_blocks += 1
+        if not self._on_lent(blob, block, slot):
+            self._ring.release(slot)
+        return True
+
+    def _write_loop(self) -> None:
+        """Write what was lent."""
+        while not self._stopping:
+            blob, block, slot = self._behind.get()
+            length = blocks.block_length(self._specs[blob].size_bytes, block)
+            begun = time.monotonic()
+            try:
+                self._writers[blob].write(block, 0, self._ring.content(slot, length))
+                self._writers[blob].mark(block)
+                self._note_write_time(time.monotonic() - begun, length)
+                self._on_block(blob, block)
+            except CacheError as exc:
+                self._cache_failed(exc)
+            finally:
+                self._ring.release(slot)
+
+    def _cache_failed(self, error: CacheError) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if now < self._no_writes_until:
+                return
+            self._no_writes_until = now + _CACHE_REST_S
+            self._counters.cache_errors += 1
+            self._counters.last_error, self._counters.last_error_at = error, time.time()
+            self._scheduler.rewind()  # what is lent now is fetched again, once it can be kept
+        log.warning("%s; blocks go to readers without it for %g s", error, _CACHE_REST_S)
+
+    def _note_write_time(self, seconds: float, size_bytes: int) -> None:
+        self._write_s += (seconds * blocks.BLOCK_BYTES / size_bytes - self._write_s) / 8
+        if self._disk_is_slow != (slow := self._write_s > (_QUICK_WRITE_S if self._disk_is_slow else _SLOW_WRITE_S)):
+            self._disk_is_slow = slow
+            log.info("the cache's disk is %s: %.0f ms a block", "slow" if slow else "quick again", self._write_s * 1000)
 
     def _wrong_block(self, source: ModelSource, blob: int, block: int) -> DigestMismatchError:
         spec = self._specs[blob]
@@ -323,7 +448,8 @@ class FetchEngine:
             else:
                 self._counters.rechecked_blocks += 1
             self._lock.notify_all()
-        self._on_block(blob, block)
+        if self._is_present(blob, block):  # else it was lent, and said so
+            self._on_block(blob, block)
 
     def _failed(self, job: Job, error: ModelMountError) -> None:
         # Credentials may be replaced and room be made while readers wait; what is not there stays not there.

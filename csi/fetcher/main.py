@@ -9,7 +9,8 @@
     credentials  where the blobs come from now, and as whom; reads that wait for better credentials go on
     stats        progress and counters
 
-To a worker it says `have` (the block is marked in the shared map), `fail` (it will not come) and `trouble` (what
+To a worker it sends `ring` (shared memory), and says `lent` (the block is in that slot, until the worker says
+`returned`), `have` (the block is marked in the shared map), `fail` (it will not come) and `trouble` (what
 readers should be told when their deadline passes). These may be lost; workers ask again.
 """
 
@@ -27,6 +28,7 @@ from dataclasses import replace
 from typing import Any
 
 from csi.cache.blob import BlobWriter, this_boot
+from csi.cache.ring import LendingRing
 from csi.control import wire
 from csi.errors import CacheError, ControlError, ModelMountError, to_wire
 from csi.fetcher.engine import EngineSettings, FetchEngine
@@ -47,6 +49,8 @@ from csi.volume import Verify
 log = logging.getLogger(__name__)
 
 _MAX_SPECS_BYTES = 16 * 1024 * 1024
+_RING_SLOTS = 16
+"""64 MiB, and nothing of it is used while the cache takes what comes."""
 
 
 class Fetcher:
@@ -64,6 +68,8 @@ class Fetcher:
         self._worker: socket.socket | None = None
         self._engine: FetchEngine | None = None
         self._engine_settings = EngineSettings()
+        self._ring = LendingRing(_RING_SLOTS)
+        self._lent: set[int] = set()
 
     def run(self) -> None:
         """Until the supervisor closes the control socket."""
@@ -195,6 +201,8 @@ class Fetcher:
         self._worker = socket.socket(fileno=channel_fd)
         self._worker.setblocking(False)
         self._selector.register(self._worker, selectors.EVENT_READ)
+        self._take_back_lent()
+        self._tell_worker({"op": "ring"}, [self._ring.fd])
 
     def _on_worker_readable(self) -> None:
         worker = self._worker
@@ -210,6 +218,7 @@ class Fetcher:
             self._selector.unregister(worker)
             worker.close()
             self._worker = None
+            self._take_back_lent()
             return
         message, fds = received
         match message:
@@ -218,6 +227,17 @@ class Fetcher:
             case {"op": "want", "blob": int(blob), "first": int(first), "count": int(count), "class": int(cls)}:
                 wire.close_all(fds)
                 self._want(blob, first, count, cls)
+            case {"op": "returned", "slots": list(slots)}:
+                wire.close_all(fds)
+                for slot in self._lent.intersection(slots):
+                    self._lent.discard(slot)
+                    self._ring.release(slot)
+                if self._engine is not None:
+                    self._engine.room_again()
+            case {"op": "damaged", "blob": int(blob), "block": int(block)}:
+                wire.close_all(fds)
+                if self._engine is not None and 0 <= blob < self._engine.blob_count:
+                    self._engine.damaged(blob, block)
             case _:
                 wire.close_all(fds)
                 log.warning("worker channel: unknown message %r", message.get("op"))
@@ -241,18 +261,28 @@ class Fetcher:
                 raise ControlError(f"fetcher: the worker asks for {missing[0]}, which the block index does not have")
             hashes = [self._index[spec.digest] for spec in specs]
         boot_id = this_boot()
-        writers = [
-            BlobWriter.open(self._area_fd, spec.digest, spec.size_bytes, boot_id, recheck=hashes is not None)
-            for spec in specs
-        ]
+        area_fd = self._area_fd
+        writers, trouble = [], None
+        for spec in specs:
+            try:
+                writer = BlobWriter.open(area_fd, spec.digest, spec.size_bytes, boot_id, recheck=hashes is not None)
+            except CacheError as exc:
+                trouble = exc
+                writer = BlobWriter.without_disk(area_fd, spec.digest, spec.size_bytes)
+            writers.append(writer)
+        if trouble is not None:
+            log.error("%s; what readers want goes to them without the cache", trouble)
+            self._notify_supervisor({"op": "event", "reason": "CacheFailure", "error": to_wire(trouble)})
         self._engine = FetchEngine(
             self._sources,
             specs,
             writers,
             self._engine_settings,
-            on_block=lambda blob, block: self._tell_worker({"op": "have", "blob": blob, "block": block}),
+            on_block=self._on_block,
             on_failed=self._on_failed,
             on_wrong=self._on_wrong,
+            on_lent=self._on_lent,
+            ring=self._ring,
             hashes=hashes,
         )
         self._engine.start()
@@ -271,14 +301,31 @@ class Fetcher:
         self._tell_worker({"op": "trouble", "error": to_wire(error)})
         self._notify_supervisor({"op": "event", "reason": reason, "error": to_wire(error)})
 
-    def _tell_worker(self, message: wire.Message) -> None:
+    def _on_block(self, blob: int, block: int) -> None:
+        self._tell_worker({"op": "have", "blob": blob, "block": block})
+
+    def _on_lent(self, blob: int, block: int, slot: int) -> bool:
+        self._lent.add(slot)  # before the worker can give it back
+        if self._tell_worker({"op": "lent", "blob": blob, "block": block, "slot": slot}):
+            return True
+        self._lent.discard(slot)
+        return False
+
+    def _take_back_lent(self) -> None:
+        """That worker is gone."""
+        while self._lent:
+            self._ring.release(self._lent.pop())
+
+    def _tell_worker(self, message: wire.Message, fds: Sequence[int] = ()) -> bool:
         worker = self._worker
         if worker is None:
-            return
+            return False
         try:
-            wire.send(worker, message)
+            wire.send(worker, message, fds)
         except OSError as exc:
             log.debug("worker not reachable: %s", exc)
+            return False
+        return True
 
     def _send_stats(self, request: wire.Message) -> None:
         snapshot: dict[str, Any] = self._engine.snapshot() if self._engine else {"blobs": []}

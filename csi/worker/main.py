@@ -22,6 +22,7 @@ from typing import Any
 
 import trio
 
+from csi.cache.ring import BorrowedBlocks
 from csi.control import wire
 from csi.errors import ControlError, ModelMountError, RegistryUnavailableError, UnsupportedModelError, from_wire
 from csi.fuse.handshake import BackendName
@@ -156,7 +157,7 @@ class Worker:
             raise ModelMountError("the tree file is larger than 1 GiB")
         tree = self._tree = Tree.from_fd(tree_fd)
         os.close(tree_fd)
-        reader = self._reader = CachedReader(tree, area_fd, self._ask, deadline_s)
+        reader = self._reader = CachedReader(tree, area_fd, self, deadline_s)
         backend = self._backend = backend_class(Namespace(tree), reader)
         self._attach_fetcher(channel_fd)
         assert self._nursery is not None
@@ -209,8 +210,12 @@ class Worker:
                 if received is None:
                     return  # the supervisor starts another fetcher and sends its channel
                 message, fds = received
+                if message.get("op") == "ring":
+                    self._reader.use_ring(BorrowedBlocks(wire.exactly(fds, 1)[0]))
                 wire.close_all(fds)
                 match message:
+                    case {"op": "lent", "blob": int(blob), "block": int(block), "slot": int(slot)}:
+                        self._reader.block_lent(blob, block, slot)
                     case {"op": "have", "blob": int(blob), "block": int(block)}:
                         self._reader.block_arrived(blob, block)
                     case {"op": "fail", "blob": int(blob), "block": int(block), "error": dict(error)}:
@@ -218,16 +223,27 @@ class Worker:
                     case {"op": "trouble", "error": dict(error)}:
                         self._reader.note_error(from_wire(error))
 
-    def _ask(self, blob: int, first: int, count: int, priority: Priority) -> None:
-        """Losing this is fine: a waiting read asks again."""
+    def ask(self, blob: int, first: int, count: int, priority: Priority) -> None:
+        """See `FetcherPort`: a waiting read asks again."""
+        self._tell_fetcher({"op": "want", "blob": blob, "first": first, "count": count, "class": int(priority)})
+
+    def report_damaged(self, blob: int, block: int) -> None:
+        """See `FetcherPort`."""
+        self._tell_fetcher({"op": "damaged", "blob": blob, "block": block})
+
+    def give_back(self, slots: list[int]) -> bool:
+        """See `FetcherPort`."""
+        return self._tell_fetcher({"op": "returned", "slots": slots})
+
+    def _tell_fetcher(self, message: wire.Message) -> bool:
         if self._fetcher is None:
-            return
+            return False
         try:
-            wire.send(
-                self._fetcher, {"op": "want", "blob": blob, "first": first, "count": count, "class": int(priority)}
-            )
+            wire.send(self._fetcher, message)
         except OSError as exc:
             log.debug("fetcher not reachable: %s", exc)
+            return False
+        return True
 
     def _reply(self, message: wire.Message, fds: Sequence[int] = ()) -> None:
         try:

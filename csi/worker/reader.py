@@ -3,6 +3,9 @@
 Single-threaded (trio). The fast path, bytes in the page cache, is one preadv into one reused page-aligned buffer;
 bytes on disk are read in a thread, because a page fault here would hold up every other reader of the mount.
 
+What the cache's disk does not take comes in memory that the fetcher lends (`csi.cache.ring`), and what it does not give
+back is asked for again: a reader never sees an error of the disk.
+
 Messages between worker and fetcher may be lost (a fetcher dies, a socket is full), so nothing depends on one: a
 waiting read looks at the shared block map, and asks again, every second.
 """
@@ -13,13 +16,15 @@ import errno
 import logging
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import trio
 
 from csi.cache.blob import BlobReader
 from csi.cache.format import BlobState
+from csi.cache.ring import BorrowedBlocks
 from csi.errors import CacheError, DigestMismatchError, ModelMountError, RegistryUnavailableError
 from csi.stream import blocks
 from csi.stream.readahead import ReadAhead
@@ -32,23 +37,37 @@ log = logging.getLogger(__name__)
 _BUFFER_BYTES = 1024 * 1024  # to begin with: it grows to the largest request the kernel makes
 _LARGEST_READ = 16 * 1024 * 1024
 _ASK_AGAIN_S = 1.0
+_TRY_AGAIN_S = 0.05
 DEFAULT_DEADLINE_S = 120.0
 """How long a read waits for its bytes, through every retry. A failed page fault kills the reader, so: long."""
 
 
+class FetcherPort(Protocol):
+    """What the reader says to the fetcher. Losing any of it is fine, and nothing blocks."""
+
+    def ask(self, blob: int, first: int, count: int, priority: Priority) -> None:
+        """These blocks are wanted."""
+
+    def report_damaged(self, blob: int, block: int) -> None:
+        """The block is marked as present, and cannot be read."""
+
+    def give_back(self, slots: list[int]) -> bool:
+        """These slots are not ours any more. False: could not be said, say it again with the next ones."""
+
+
 class CachedReader:
-    """Implements `csi.fuse.port.ContentReader`. `ask(blob, first, count, priority)` must not block."""
+    """Implements `csi.fuse.port.ContentReader`. `fetcher` must not block."""
 
     def __init__(
         self,
         tree: Tree,
         area_fd: int,
-        ask: Callable[[int, int, int, Priority], None],
+        fetcher: FetcherPort,
         deadline_s: float = DEFAULT_DEADLINE_S,
     ) -> None:
         self._tree = tree
         self._area_fd = area_fd
-        self._ask = ask
+        self._fetcher = fetcher
         self._deadline_s = deadline_s
         self._readers: dict[int, BlobReader] = {}
         self._read_ahead: dict[int, ReadAhead] = {}
@@ -56,7 +75,11 @@ class CachedReader:
         self._failures: dict[Block, ModelMountError] = {}
         self._last_error: ModelMountError | None = None
         self._buffer = memoryview(mmap.mmap(-1, _BUFFER_BYTES))
-        self.counters = {"reads": 0, "read_bytes": 0, "waited_reads": 0, "failed_reads": 0}
+        self._ring: BorrowedBlocks | None = None
+        self._lent: dict[Block, int] = {}  # oldest first
+        self._read_out: set[Block] = set()  # of those, the ones whose last byte was read
+        self._to_give_back: list[int] = []
+        self.counters = {"reads": 0, "read_bytes": 0, "waited_reads": 0, "failed_reads": 0, "lent_reads": 0}
 
     async def read(self, entry: Entry, offset: int, size: int) -> memoryview:
         """See `ContentReader.read`."""
@@ -69,6 +92,8 @@ class CachedReader:
             missed = await self._wait_for(entry.blob, start, length)
             self._ask_ahead(entry, offset, length, missed)
             view = await self._copy(entry.blob, start, length)
+            if view is None:
+                view = await self._copy_without_cache(entry.blob, start, length)
         except ModelMountError:
             self.counters["failed_reads"] += 1
             raise
@@ -77,14 +102,36 @@ class CachedReader:
 
     def block_arrived(self, blob: int, block: int) -> None:
         """The fetcher says that the block is there."""
-        for event in self._waiting.get((blob, block), ()):
-            event.set()
+        if (blob, block) in self._lent:
+            self._return_lent((blob, block))
+        self._wake((blob, block))
+
+    def block_lent(self, blob: int, block: int, slot: int) -> None:
+        """The fetcher says that the block is in that slot of the ring, ours until we give it back."""
+        key = (blob, block)
+        if self._ring is None or not 0 <= slot < self._ring.slots:
+            return
+        if key in self._lent:
+            self._return_lent(key)
+        self._lent[key] = slot
+        self._wake(key)
+        while len(self._lent) > self._ring.slots // 2 and self._read_out:
+            self._return_lent(next(key for key in self._lent if key in self._read_out))
+        while len(self._lent) > self._ring.slots * 3 // 4:
+            self._return_lent(next(iter(self._lent)))
+
+    def use_ring(self, ring: BorrowedBlocks) -> None:
+        """A (new) fetcher lends from there; what an earlier one lent is gone."""
+        self._ring = ring
+        self._lent.clear()
+        self._read_out.clear()
+        self._to_give_back.clear()
 
     def block_failed(self, blob: int, block: int, error: ModelMountError) -> None:
         """The fetcher says that the block will not come."""
         if (blob, block) in self._waiting:
             self._failures[blob, block] = error
-            self.block_arrived(blob, block)
+            self._wake((blob, block))
 
     def note_error(self, error: ModelMountError) -> None:
         """What the fetcher last complained of: the reason a read gives when its deadline passes."""
@@ -95,10 +142,20 @@ class CachedReader:
         for blob, block in list(self._waiting):
             self.block_failed(blob, block, error)
 
+    def _wake(self, key: Block) -> None:
+        for event in self._waiting.get(key, ()):
+            event.set()
+
+    def _return_lent(self, key: Block) -> None:
+        self._to_give_back.append(self._lent.pop(key))
+        self._read_out.discard(key)
+        if self._fetcher.give_back(self._to_give_back):
+            self._to_give_back = []
+
     def ask_again(self) -> None:
         """A new fetcher is there: tell it what is waited for."""
         for blob, block in list(self._waiting):
-            self._ask(blob, block, 1, Priority.DEMAND)
+            self._fetcher.ask(blob, block, 1, Priority.DEMAND)
 
     async def _wait_for(self, blob: int, start: int, length: int) -> bool:
         """Wait until the bytes are there. True when they were not at once."""
@@ -127,11 +184,11 @@ class CachedReader:
                     "it is not served any more",
                     expected=str(self._tree.blobs[blob].digest),
                 )
-            if reader is not None and reader.has(block):
+            if (blob, block) in self._lent or (reader is not None and reader.has(block)):
                 return
             with self._waiter(blob, block) as event:
                 if (blob, block) not in self._failures:
-                    self._ask(blob, block, needed.stop - block, Priority.DEMAND)
+                    self._fetcher.ask(blob, block, needed.stop - block, Priority.DEMAND)
                     with trio.move_on_after(_ASK_AGAIN_S):
                         await event.wait()
                 if error := self._failures.get((blob, block)):
@@ -160,20 +217,65 @@ class CachedReader:
         ahead = blocks.blocks_of(entry.blob_offset + wanted.start, len(wanted))
         absent = [block for block in ahead if reader is None or not reader.has(block)]
         if absent:
-            self._ask(entry.blob, absent[0], absent[-1] - absent[0] + 1, Priority.AHEAD)
+            self._fetcher.ask(entry.blob, absent[0], absent[-1] - absent[0] + 1, Priority.AHEAD)
 
-    async def _copy(self, blob: int, start: int, length: int) -> memoryview:
-        """The bytes, in the shared buffer: no await after they are in it."""
+    async def _copy(self, blob: int, start: int, length: int) -> memoryview | None:
+        """The bytes, in the shared buffer: no await after they are in it. None when the cache does not have (all of) them
+        any more, or never had.
+        """
         reader = self._reader(blob)
-        if reader is None:
-            raise CacheError(f"blob {self._tree.blobs[blob].digest.short()} vanished from the cache")
+        if reader is None or (self._lent and not all(map(reader.has, blocks.blocks_of(start, length)))):
+            return None
         if length > len(self._buffer):
             self._buffer = memoryview(mmap.mmap(-1, length))
         try:
-            return self._fill(reader, self._buffer, start, length, os.RWF_NOWAIT)
-        except BlockingIOError:
-            own = memoryview(mmap.mmap(-1, length))
-            return await trio.to_thread.run_sync(self._fill, reader, own, start, length, 0)
+            try:
+                return self._fill(reader, self._buffer, start, length, os.RWF_NOWAIT)
+            except BlockingIOError:
+                own = memoryview(mmap.mmap(-1, length))
+                return await trio.to_thread.run_sync(self._fill, reader, own, start, length, 0)
+        except CacheError as exc:
+            log.warning("blob %s: %s; the registry is asked instead", self._tree.blobs[blob].digest.short(), exc)
+            reader.forget_segments()
+            for block in blocks.blocks_of(start, length):
+                if reader.has(block):
+                    self._fetcher.report_damaged(blob, block)
+            return None
+
+    async def _copy_without_cache(self, blob: int, start: int, length: int) -> memoryview:
+        """Block by block from wherever each is, within the read's deadline.
+
+        Raises: RegistryUnavailableError, DigestMismatchError.
+        """
+        self.counters["lent_reads"] += 1
+        own = memoryview(mmap.mmap(-1, length))
+        with trio.move_on_after(self._deadline_s):
+            for block in blocks.blocks_of(start, length):
+                first = max(start, block * blocks.BLOCK_BYTES)
+                end = min(start + length, (block + 1) * blocks.BLOCK_BYTES)
+                while not await self._copy_one(blob, block, first, own[first - start : end - start]):
+                    await trio.sleep(_TRY_AGAIN_S)  # a damaged block: the fetcher has heard of it
+            return own
+        raise RegistryUnavailableError(
+            f"blob {self._tree.blobs[blob].digest.short()}: bytes {start} to {start + length} could be had neither from the "
+            f"cache nor from the registry within {self._deadline_s:g} s"
+            + (f": {self._last_error}" if self._last_error else "")
+        )
+
+    async def _copy_one(self, blob: int, block: int, first: int, into: memoryview) -> bool:
+        """Bytes of one block from `first` of the blob. False when it was there and is not any more."""
+        await self._wait_for(blob, first, len(into))
+        if (slot := self._lent.get((blob, block))) is not None:
+            assert self._ring is not None
+            into[:] = self._ring.content(slot, first - block * blocks.BLOCK_BYTES, len(into))
+            if (first + len(into)) % blocks.BLOCK_BYTES == 0:
+                self._read_out.add((blob, block))
+            return True
+        view = await self._copy(blob, first, len(into))
+        if view is None:
+            return False
+        into[:] = view
+        return True
 
     @staticmethod
     def _fill(reader: BlobReader, buffer: memoryview, start: int, length: int, flags: int) -> memoryview:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import random
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -352,3 +355,45 @@ def test_eager_with_wrong_bytes_is_refused_and_leaves_nothing(
     error = refusal(node, f"{registry.host}/team/plain:v1", verify="eager")
     assert error.code() is grpc.StatusCode.DATA_LOSS
     assert node.status() == []
+
+
+@pytest.mark.parametrize("repository", ["team/model", "team/plain"])
+def test_a_full_disk_is_no_error_for_a_reader(
+    tmp_path: Path, registry: FakeRegistry, repository: str, content: bytes
+) -> None:
+    """The cache lies on a file system of 7 MB, the model has 12."""
+    data = tmp_path / "node" / "data"
+    data.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7M", "tmpfs", str(data)], check=True)
+    with NodeProcess(tmp_path / "node", "--read-deadline=20") as node:  # unmounts what is left below it
+        target = node.target()
+        node.publish(f"{registry.host}/{repository}:v1", target)
+        with open(target / "w.bin", "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            for offset in (SIZE - 100, 5, BLOCK_BYTES - 50, 2 * BLOCK_BYTES + 77):
+                assert mapped[offset : offset + 100] == content[offset : offset + 100]
+        for _ in range(2):
+            assert (target / "w.bin").read_bytes() == content
+            drop_pages(target / "w.bin")
+        mount = mount_at(node, target)
+        assert mount["progress"]["lent_blocks"] > 0
+        assert mount["progress"]["cache_errors"] > 0
+        assert mount["reads"]["failed_reads"] == 0
+        os.kill(mount["worker_pid"], signal.SIGKILL)
+        assert (target / "w.bin").read_bytes() == content
+        os.kill(mount["fetcher_pid"], signal.SIGKILL)
+        drop_pages(target / "w.bin")
+        assert (target / "w.bin").read_bytes() == content
+        node.unpublish_all()
+
+
+def test_a_cache_file_that_shrinks_while_it_is_read_is_no_error(
+    node: NodeProcess, registry: FakeRegistry, content: bytes
+) -> None:
+    target = node.target()
+    node.publish(f"{registry.host}/team/model:v1", target)
+    assert (target / "w.bin").read_bytes() == content
+    (segment,) = (node.data_dir / "cache").rglob("seg-00000")
+    os.truncate(segment, BLOCK_BYTES)
+    drop_pages(target / "w.bin")
+    assert (target / "w.bin").read_bytes() == content
+    assert "CacheDamaged" in events(node, target)

@@ -1,0 +1,77 @@
+"""Blocks handed to the worker through memory, past a disk that is full, broken or slow.
+
+Shared memory of a fixed number of slots, each as large as a block. The fetcher lends a slot with a block in it and
+says so; the worker copies out what its readers ask for and gives the slot back. A slot is never written while it is
+lent, and lending and giving back are messages, so neither side needs a lock in the memory. Nothing is allocated until
+the first block is lent.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import threading
+
+from csi.stream.blocks import BLOCK_BYTES
+
+_F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; Python does not name it
+
+
+class LendingRing:
+    """The fetcher's side. Thread-safe."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.fd = os.memfd_create("blocks", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, slots * BLOCK_BYTES)
+        self._memory = memoryview(mmap.mmap(self.fd, slots * BLOCK_BYTES))
+        # Whoever gets the descriptor can only read; what is in a slot may still have to be written to the cache.
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        self._holders = [0] * slots
+        self._lock = threading.Lock()
+
+    def lend(self, content: memoryview) -> int | None:
+        """Copy a block into a free slot, which is held once from now on. None when there is none."""
+        with self._lock:
+            slot = next((slot for slot in range(self.slots) if not self._holders[slot]), None)
+            if slot is None:
+                return None
+            self._holders[slot] = 1
+        self.content(slot, len(content))[:] = content
+        return slot
+
+    def content(self, slot: int, length: int) -> memoryview:
+        """The first `length` bytes of a slot that the caller holds."""
+        start = slot * BLOCK_BYTES
+        return self._memory[start : start + length]
+
+    def hold(self, slot: int) -> None:
+        """One more holder of a slot that is held."""
+        with self._lock:
+            self._holders[slot] += 1
+
+    def release(self, slot: int) -> None:
+        """One holder less; what is not held is ignored."""
+        with self._lock:
+            if 0 <= slot < self.slots and self._holders[slot]:
+                self._holders[slot] -= 1
+
+    @property
+    def free_slots(self) -> int:
+        """How many more blocks can be lent."""
+        with self._lock:
+            return self._holders.count(0)
+
+
+class BorrowedBlocks:
+    """The worker's side: read-only."""
+
+    def __init__(self, fd: int) -> None:
+        self.slots = os.fstat(fd).st_size // BLOCK_BYTES
+        self._memory = memoryview(mmap.mmap(fd, self.slots * BLOCK_BYTES, mmap.MAP_SHARED, mmap.PROT_READ))
+
+    def content(self, slot: int, offset: int, length: int) -> memoryview:
+        """Bytes of a slot that is lent to us."""
+        start = slot * BLOCK_BYTES + offset
+        return self._memory[start : start + length]
