@@ -17,6 +17,7 @@
     ├── PolicyDeniedError           a rule of the cluster says no
     ├── CacheError                  node cache trouble; a reader never sees it
     ├── MountError                  mount(2), /dev/fuse, keeper
+    ├── DependencyMissingError      what this process cannot work without is not there
     └── ControlError                a process of ours did not answer, or not in our protocol
 
 Classes carry what a program needs as fields; nobody parses a message. A message says what failed, on which
@@ -113,6 +114,10 @@ class CacheError(ModelMountError):
 
 class MountError(ModelMountError):
     """A mount, unmount or bind failed. Fields: `target_path`, `errno` where there is one."""
+
+
+class DependencyMissingError(ModelMountError):
+    """What this process cannot work without is not there."""
 
 
 class ControlError(ModelMountError):

@@ -8,8 +8,11 @@ import socket
 from typing import Any
 
 from csi.cli import supervisor
+from csi.driver.sockets import endpoint_path, registration_paths
 from csi.errors import InvalidVolumeError
 from csi.observe import logs
+
+_PLUGINS_REGISTRY = "/var/lib/kubelet/plugins_registry"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,11 +33,15 @@ def add_parser(subparsers: Any) -> None:
         help="this node's name in the cluster (default: MODELMOUNT_NODE_ID, else the host name)",
     )
     parser.add_argument("--state-dir", default="/run/modelmount", help="sockets and records (default %(default)s)")
-    parser.add_argument(
+    registration = parser.add_mutually_exclusive_group()
+    registration.add_argument(
         "--registration-dir",
         metavar="DIR",
-        help="register with kubelet through its plugins_registry directory, such as /var/lib/kubelet/plugins_registry "
-        "(default: leave that to a node-driver-registrar sidecar)",
+        help="register with kubelet through its plugins_registry directory "
+        f"(default: {_PLUGINS_REGISTRY} where that exists)",
+    )
+    registration.add_argument(
+        "--no-registration", action="store_true", help="leave registration to a node-driver-registrar sidecar"
     )
     parser.add_argument(
         "--kubelet-endpoint", metavar="PATH", help="the CSI socket as kubelet sees it, where that is another path"
@@ -59,6 +66,12 @@ def run(args: argparse.Namespace) -> int:
     logs.set_up("node", args.log_level)
     if not args.endpoint:
         raise InvalidVolumeError("no CSI endpoint: give --endpoint unix:///path.sock or set CSI_ENDPOINT")
+    if args.registration_dir is None and not args.no_registration and os.path.isdir(_PLUGINS_REGISTRY):
+        args.registration_dir = _PLUGINS_REGISTRY
+    # Said here, before anything runs: a tree of processes would start the node again and again.
+    endpoint_path(args.endpoint)
+    if args.registration_dir is not None:
+        registration_paths(args.registration_dir)
     if args.all_in_one:
         from csi.cli.process_tree import run_tree
 

@@ -7,17 +7,27 @@ from collections.abc import Callable
 import grpc
 
 from csi.driver.handlers import rpc
+from csi.driver.sockets import DRIVER_NAME
+from csi.errors import DependencyMissingError, ModelMountError
 from csi.wire import csi_pb2, csi_pb2_grpc
-
-DRIVER_NAME = "csi.modelmount.dev"
 
 
 class IdentityService(csi_pb2_grpc.IdentityServicer):
-    """`is_ready` must answer from memory. `with_controller`: the Controller service is at the same socket."""
+    """`is_ready` and `problem` must answer from memory. `problem`: what this process cannot work without, where it is
+    missing. `with_controller`: the Controller service is at the same socket.
+    """
 
-    def __init__(self, version: str, is_ready: Callable[[], bool], *, with_controller: bool = False) -> None:
+    def __init__(
+        self,
+        version: str,
+        is_ready: Callable[[], bool],
+        problem: Callable[[], ModelMountError | None] = lambda: None,
+        *,
+        with_controller: bool = False,
+    ) -> None:
         self._version = version
         self._is_ready = is_ready
+        self._problem = problem
         self._with_controller = with_controller
 
     @rpc
@@ -38,6 +48,9 @@ class IdentityService(csi_pb2_grpc.IdentityServicer):
 
     @rpc
     async def Probe(self, request: csi_pb2.ProbeRequest, context: grpc.aio.ServicerContext) -> csi_pb2.ProbeResponse:
+        problem = self._problem()
+        if problem is not None:
+            raise DependencyMissingError(f"this node cannot mount: {problem}")
         reply = csi_pb2.ProbeResponse()
         reply.ready.value = self._is_ready()
         return reply

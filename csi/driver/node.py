@@ -14,13 +14,14 @@ from csi.driver.capabilities import check_capability, described
 from csi.driver.credentials import credentials_of
 from csi.driver.handlers import ToTheEnd, required_id, required_path, rpc
 from csi.driver.publisher import Publisher, PublishRequest
-from csi.errors import InvalidVolumeError
+from csi.driver.records import Publication
+from csi.errors import InvalidVolumeError, VolumeNotFoundError
 from csi.volume import parse_attributes
 from csi.wire import csi_pb2, csi_pb2_grpc
 
 
 class NodeService(csi_pb2_grpc.NodeServicer):
-    """Stage, expand and health RPCs are not offered: the generated base class answers UNIMPLEMENTED."""
+    """Stage and expand RPCs are not offered: the generated base class answers UNIMPLEMENTED."""
 
     def __init__(self, node_id: str, publisher: Publisher) -> None:
         self._node_id = node_id
@@ -46,15 +47,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     async def NodeGetVolumeStats(
         self, request: csi_pb2.NodeGetVolumeStatsRequest, context: grpc.aio.ServicerContext
     ) -> csi_pb2.NodeGetVolumeStatsResponse:
-        volume_id = required_id(request.volume_id, "volume_id")
-        if not request.volume_path:
-            raise InvalidVolumeError("volume_path is missing", field="volume_path")
-        published = self._publisher.publication(volume_id, request.volume_path)
-        if published is None:
-            await context.abort(
-                grpc.StatusCode.NOT_FOUND, f"volume {volume_id} is not published at {request.volume_path[:200]}"
-            )
-        assert published is not None
+        published = self._published(request.volume_id, request.volume_path, "volume_path")
         usage = csi_pb2.VolumeUsage
         return csi_pb2.NodeGetVolumeStatsResponse(
             usage=[
@@ -64,12 +57,55 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         )
 
     @rpc
+    async def NodeGetVolumeHealth(
+        self, request: csi_pb2.NodeGetVolumeHealthRequest, context: grpc.aio.ServicerContext
+    ) -> csi_pb2.NodeGetVolumeHealthResponse:
+        published = self._published(request.volume_id, request.volume_publish_path, "volume_publish_path")
+        entry = csi_pb2.VolumeHealth.VolumeHealthEntry
+        return csi_pb2.NodeGetVolumeHealthResponse(
+            volume_health=csi_pb2.VolumeHealth(
+                volume_id=request.volume_id,
+                health_statuses=[
+                    entry(status=trouble.severity.value, reason=trouble.reason, message=trouble.message)
+                    for trouble in await self._publisher.troubles(published)
+                ],
+            )
+        )
+
+    @rpc
+    async def NodeGetStorageHealth(
+        self, request: csi_pb2.NodeGetStorageHealthRequest, context: grpc.aio.ServicerContext
+    ) -> csi_pb2.NodeGetStorageHealthResponse:
+        health = csi_pb2.NodeGetStorageHealthResponse.StorageBackendHealth
+        return csi_pb2.NodeGetStorageHealthResponse(
+            backend_health=[
+                health(status=csi_pb2.STORAGE_DEGRADED, reason=trouble.reason, message=trouble.message)
+                for trouble in await self._publisher.node_troubles()
+            ]
+        )
+
+    def _published(self, volume_id: str, path: str, field: str) -> Publication:
+        """Raises: InvalidVolumeError, VolumeNotFoundError."""
+        required_id(volume_id, "volume_id")
+        if not path:
+            raise InvalidVolumeError(f"{field} is missing", field=field)
+        found = self._publisher.publication(volume_id, path)
+        if found is None:
+            raise VolumeNotFoundError(f"volume {volume_id} is not published at {path[:200]}", volume_id=volume_id)
+        return found
+
+    @rpc
     async def NodeGetCapabilities(
         self, request: csi_pb2.NodeGetCapabilitiesRequest, context: grpc.aio.ServicerContext
     ) -> csi_pb2.NodeGetCapabilitiesResponse:
         capability = csi_pb2.NodeServiceCapability
+        offered = (
+            capability.RPC.GET_VOLUME_STATS,
+            capability.RPC.GET_VOLUME_HEALTH,
+            capability.RPC.GET_STORAGE_HEALTH,
+        )
         return csi_pb2.NodeGetCapabilitiesResponse(
-            capabilities=[capability(rpc=capability.RPC(type=capability.RPC.GET_VOLUME_STATS))]
+            capabilities=[capability(rpc=capability.RPC(type=kind)) for kind in offered]
         )
 
     @rpc

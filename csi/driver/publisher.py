@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from csi import mountinfo
 from csi.control.keeper import KeeperClient
 from csi.control.supervisor import LeasedMount, SupervisorClient
+from csi.driver.health import Trouble, node_troubles, supervisor_unreachable, troubles_of
 from csi.driver.locks import NamedLocks
 from csi.driver.records import Pins, Publication, Publications
 from csi.errors import ControlError, ModelMountError, VolumeConflictError
@@ -105,6 +106,24 @@ class Publisher:
         """The publication of that volume at that path, from memory."""
         found = self._publications.get(target_path)
         return found if found is not None and found.volume_id == volume_id else None
+
+    async def troubles(self, publication: Publication) -> list[Trouble]:
+        """What is wrong with a published volume; asks the supervisor, never the mount."""
+        target_path = publication.target_path
+        try:
+            mounts = await asyncio.to_thread(self._supervisor.status, target_path)
+        except ControlError as exc:
+            return [supervisor_unreachable(exc)]
+        if not mounts or not _shows(target_path, publication.device):
+            return troubles_of(None)
+        return troubles_of(mounts[0])
+
+    async def node_troubles(self) -> list[Trouble]:
+        """What is wrong with this node as a whole."""
+        try:
+            return node_troubles(await asyncio.to_thread(self._supervisor.status))
+        except ControlError as exc:
+            return [supervisor_unreachable(exc)]
 
     async def _publish_first(self, request: PublishRequest) -> Publication:
         had_pin = self._pins.get(request.volume_id) is not None

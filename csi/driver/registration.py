@@ -12,8 +12,7 @@ import os
 
 import grpc
 
-from csi.driver.identity import DRIVER_NAME
-from csi.driver.sockets import clear_socket, short_enough
+from csi.driver.sockets import DRIVER_NAME, clear_socket, registration_paths
 from csi.wire import registration_pb2, registration_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -49,8 +48,7 @@ class Registration:
     """The running service. `stop` removes the socket, which is how kubelet learns that the plugin is gone."""
 
     def __init__(self, directory: str, endpoint: str) -> None:
-        self._path = os.path.join(directory, f"{DRIVER_NAME}-reg.sock")
-        self._hidden_path = short_enough(os.path.join(directory, f".{DRIVER_NAME}-reg.sock"))
+        self._path, self._hidden_path = registration_paths(directory)
         self._server = grpc.aio.server()
         registration_pb2_grpc.add_RegistrationServicer_to_server(RegistrationService(endpoint), self._server)
 

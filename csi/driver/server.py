@@ -15,6 +15,7 @@ from csi.cache.blob import this_boot
 from csi.control.keeper import KeeperClient
 from csi.control.supervisor import SupervisorClient
 from csi.driver.controller import ControllerService
+from csi.driver.dependencies import KeeperWatch
 from csi.driver.identity import IdentityService
 from csi.driver.node import NodeService
 from csi.driver.provisioner import Provisioner
@@ -66,7 +67,10 @@ async def serve(settings: NodeSettings, provisioner: Provisioner | None = None) 
     publisher = open_publisher(settings.state_dir, settings.data_dir)
     recovered = asyncio.Event()
     server = grpc.aio.server()
-    identity = IdentityService(settings.version, recovered.is_set, with_controller=provisioner is not None)
+    keeper = KeeperWatch(KeeperClient(settings.state_dir).ping)
+    identity = IdentityService(
+        settings.version, recovered.is_set, lambda: keeper.problem, with_controller=provisioner is not None
+    )
     csi_pb2_grpc.add_IdentityServicer_to_server(identity, server)
     csi_pb2_grpc.add_NodeServicer_to_server(NodeService(settings.node_id, publisher), server)
     if provisioner is not None:
@@ -77,11 +81,12 @@ async def serve(settings: NodeSettings, provisioner: Provisioner | None = None) 
     if settings.registration_dir is not None:
         registration = Registration(settings.registration_dir, settings.kubelet_endpoint or path)
         await registration.start()
-    recovery = asyncio.create_task(_recover(publisher, recovered))
+    background = [asyncio.create_task(_recover(publisher, recovered)), asyncio.create_task(keeper.run())]
     try:
         await _told_to_stop()
     finally:
-        recovery.cancel()
+        for task in background:
+            task.cancel()
         if registration is not None:
             await registration.stop()
         await _stop(server, path)

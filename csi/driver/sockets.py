@@ -7,6 +7,7 @@ import socket
 
 from csi.errors import ControlError, InvalidVolumeError
 
+DRIVER_NAME = "csi.modelmount.dev"
 _SUN_PATH_MAX = 107  # bytes, unix(7); kubelet connects by the plain path, so there is no way around it
 
 
@@ -19,6 +20,15 @@ def endpoint_path(endpoint: str) -> str:
             field="endpoint",
         )
     return short_enough(path)
+
+
+def registration_paths(directory: str) -> tuple[str, str]:
+    """The registration socket, and its hidden name until it answers: kubelet passes over hidden files.
+
+    Raises: InvalidVolumeError when they are too long for a socket.
+    """
+    name = f"{DRIVER_NAME}-reg.sock"
+    return short_enough(os.path.join(directory, name)), short_enough(os.path.join(directory, f".{name}"))
 
 
 def short_enough(path: str) -> str:

@@ -30,6 +30,7 @@ _CODE: dict[type[errors.ModelMountError], grpc.StatusCode] = {
     errors.PolicyDeniedError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.CacheError: grpc.StatusCode.UNAVAILABLE,
     errors.MountError: grpc.StatusCode.INTERNAL,
+    errors.DependencyMissingError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ControlError: grpc.StatusCode.UNAVAILABLE,
 }
 

@@ -96,6 +96,7 @@ class Counters:
     """Of those, the ones that were not written at all."""
     last_error: ModelMountError | None = None
     last_error_at: float = 0.0
+    last_block_at: float = 0.0
     started_at: float = field(default_factory=time.time)
 
 
@@ -219,7 +220,9 @@ class FetchEngine:
                 "rechecked_blocks": counters.rechecked_blocks,
                 "damaged_blocks": counters.damaged_blocks,
                 "last_error": counters.last_error.message if counters.last_error else None,
+                "last_error_kind": type(counters.last_error).__name__ if counters.last_error else None,
                 "last_error_at": counters.last_error_at,
+                "last_block_at": counters.last_block_at,
                 "started_at": counters.started_at,
                 "blobs": [
                     {
@@ -445,6 +448,7 @@ class FetchEngine:
             if fetched_bytes:
                 self._counters.fetched_bytes += fetched_bytes
                 self._counters.fetched_blocks += 1
+                self._counters.last_block_at = time.time()
             else:
                 self._counters.rechecked_blocks += 1
             self._lock.notify_all()

@@ -27,6 +27,7 @@ _ERRNO: dict[type[errors.ModelMountError], int] = {
     errors.PolicyDeniedError: errno.EIO,
     errors.CacheError: errno.EIO,
     errors.MountError: errno.EIO,
+    errors.DependencyMissingError: errno.EIO,
     errors.ControlError: errno.EIO,
 }
 

@@ -203,6 +203,8 @@ class Mount:
             "total_bytes": self.summary.get("total_bytes", 0),
             "volumes": sorted({lease.volume_id for lease in self.leases.values()}),
             "targets": sorted(self.leases),
+            "worker_alive": self._worker is not None and self._worker.alive,
+            "fetcher_alive": self._fetcher is not None and self._fetcher.alive,
             "worker_pid": self._worker.pid if self._worker else None,
             "fetcher_pid": self._fetcher.pid if self._fetcher else None,
             "worker_restarts": self.worker_restarts,

@@ -486,7 +486,7 @@ def test_a_missing_dev_fuse_is_said_at_the_start(tmp_path: Path) -> None:
 
 
 def test_kubelet_can_register_the_driver(tmp_path: Path) -> None:
-    registry_dir = tmp_path / "plugins_registry"
+    registry_dir = tmp_path / "r"
     flags = (
         f"--registration-dir={registry_dir}",
         "--kubelet-endpoint=/var/lib/kubelet/plugins/x/csi.sock",

@@ -62,6 +62,7 @@ class NodeProcess:
                     "--all-in-one",
                     *("--endpoint", f"unix://{self.socket_path}", "--node-id", "test-node"),
                     *("--state-dir", str(self.state_dir), "--data-dir", str(self.data_dir)),
+                    *(() if any("registration" in flag for flag in self._flags) else ("--no-registration",)),
                     *self._flags,
                 ],
                 stdin=subprocess.DEVNULL,
