@@ -129,7 +129,7 @@ def _check_points(points: _StoredPoints, access: Access, encoded_bytes: int, dec
         point = points[position]
         fits = (
             before.encoded <= point.encoded <= encoded_bytes
-            and (before.decoded < point.decoded or position == point.decoded == 0)
+            and (before.decoded < point.decoded if position else point.decoded == 0)
             and point.bits < 8
             and point.encoded >= bool(point.bits)
             and len(point.window) <= _WINDOW_BYTES

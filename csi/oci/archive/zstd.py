@@ -35,7 +35,7 @@ class ZstdDecoder:
         self._frame: zstd.ZstdDecompressor | None = None
         self._fed = 0
 
-    def feed(self, data: bytes | memoryview, sink: Sink) -> None:
+    def feed(self, data: bytes | bytearray | memoryview, sink: Sink) -> None:
         """See `Decoder.feed`."""
         data = bytes(data)
         self._fed += len(data)

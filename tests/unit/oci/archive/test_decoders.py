@@ -6,6 +6,7 @@ import gzip as gzip_module
 import io
 import itertools
 import random
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,11 @@ from hypothesis import strategies as st
 from csi.errors import ContentError, SizeMismatchError, UnsupportedModelError
 from csi.oci.archive import gzip, points, zstd
 from csi.oci.archive.points import AccessPoint, Decoder
-from csi.oci.archive.zstd import zstd as zstd_module
+
+if sys.version_info >= (3, 14):
+    from compression import zstd as zstd_module
+else:
+    from backports import zstd as zstd_module
 
 
 def weights(size: int, seed: int = 1) -> bytes:
