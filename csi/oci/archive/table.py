@@ -60,7 +60,7 @@ class MemberTable(Sequence[Member]):
             for member in self:
                 if not 0 <= member.offset <= member.offset + member.size_bytes <= decoded_bytes:
                     raise ContentError(f"member table: {member.path[:200]!r} lies outside its layer")
-        except (ValueError, IndexError) as exc:
+        except ValueError as exc:  # names that are not UTF-8
             raise ContentError("member table: a record is damaged") from exc
 
     def __len__(self) -> int:
@@ -81,8 +81,8 @@ class MemberTable(Sequence[Member]):
             self._records, position * _RECORD.size
         )
         middle, end = start + path_length, start + path_length + link_length
-        if end > len(self._names):
-            raise IndexError(position)
+        if end > len(self._names) or kind >= len(_KINDS):
+            raise ContentError("member table: a record is damaged")
         return Member(
             path=bytes(self._names[start:middle]).decode(),
             kind=_KINDS[kind],
