@@ -14,6 +14,8 @@ from csi.errors import InvalidVolumeError, ModelMountError
 # verb → module; in the order of --help
 _VERBS = {
     "push": "csi.cli.push",
+    "inspect": "csi.cli.inspect",
+    "ls": "csi.cli.inspect",
     "mount": "csi.cli.mount",
     "umount": "csi.cli.mount",
     "status": "csi.cli.status",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from csi.cli import login
+from csi.cli.sizes import size_text
 from csi.errors import InvalidVolumeError, UnsupportedModelError
 from csi.integrity import index
 from csi.integrity.index import BlobHashes
@@ -224,18 +225,6 @@ def _annotations(given: list[str]) -> dict[str, str]:
     return annotations
 
 
-def _size(size_bytes: int) -> str:
-    """For people: `612 B`, `90.9 MB`, in powers of 1000 as registries and vendors count."""
-    if size_bytes < 1000:
-        return f"{size_bytes} B"
-    size = size_bytes / 1e3
-    for unit in ("kB", "MB", "GB"):
-        if size < 999.95:
-            return f"{size:.1f} {unit}"
-        size /= 1e3
-    return f"{size:.1f} TB"
-
-
 class _Progress:
     """On stderr: a bar on a terminal, one line per finished file everywhere."""
 
@@ -264,7 +253,7 @@ class _Progress:
         rate = (self._sent + event.bytes_done) / max(1e-3, time.monotonic() - self._started) / 1e6
         filled = min(30, 30 * done // self._total)
         self._draw(
-            f"{'█' * filled}{'░' * (30 - filled)} {_size(done)} of {_size(self._total)}  {rate:,.0f} MB/s  "
+            f"{'█' * filled}{'░' * (30 - filled)} {size_text(done)} of {size_text(self._total)}  {rate:,.0f} MB/s  "
             f"{os.path.basename(event.path)}"
         )
 
@@ -273,7 +262,7 @@ class _Progress:
         self._before += file.size_bytes
         self._sent += file.size_bytes if state == "uploaded" else 0
         self.clear()
-        print(f"{state:8} {_size(file.size_bytes):>10}  {file.path}", file=sys.stderr)
+        print(f"{state:8} {size_text(file.size_bytes):>10}  {file.path}", file=sys.stderr)
 
     def clear(self) -> None:
         """Remove the bar."""

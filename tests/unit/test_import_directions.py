@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "driver": {"cache", "control", "oci", "wire"},
     "cli": {
         "control", "driver", "fetcher", "fuse", "integrity", "jail", "keeper", "kube", "observe",
-        "oci", "registry", "supervisor", "worker",
+        "oci", "registry", "stream", "supervisor", "tree", "worker",
     },
 }  # fmt: skip
 

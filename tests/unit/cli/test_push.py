@@ -17,6 +17,7 @@ from registry_process import PASSWORD, USERNAME, RegistryProcess
 from csi.cli import push
 from csi.cli.main import main
 from csi.cli.push import find_files
+from csi.cli.sizes import size_text
 from csi.errors import UnsupportedModelError
 from csi.integrity import index
 from csi.oci.digest import Digest
@@ -357,7 +358,7 @@ def test_a_terminal_gets_a_bar_that_is_removed(
     ],
 )
 def test_sizes_are_shown_for_people(size_bytes: int, shown: str) -> None:
-    assert push._size(size_bytes) == shown
+    assert size_text(size_bytes) == shown
 
 
 # --- real registries --------------------------------------------------------------------------------------------------

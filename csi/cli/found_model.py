@@ -1,0 +1,242 @@
+"""A model looked at from the command line: its manifest, plan and tree, read in this process, nothing pulled.
+
+The decisions are those of a mount (`csi.oci.formats`, `csi.tree.assemble`); only the reading is simpler: one thread, no
+cache. Of archives that are not compressed the headers are read by small ranges.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from csi.cli import login
+from csi.errors import DigestMismatchError, InvalidVolumeError, SizeMismatchError, UnsupportedModelError
+from csi.oci.archive import tar
+from csi.oci.archive.table import MemberTable
+from csi.oci.descriptor import Descriptor
+from csi.oci.digest import Digest
+from csi.oci.formats import index, kitops
+from csi.oci.formats.detect import MAX_CONFIG_BYTES, needs_config, plan_of
+from csi.oci.formats.plan import LayerPlan, ModelPlan, Packing
+from csi.oci.manifest import Index, IndexEntry, Manifest, parse
+from csi.oci.reference import Reference
+from csi.oci.view import View
+from csi.registry.address_rules import AddressRules
+from csi.registry.auth import Credentials
+from csi.registry.sources import SourceSettings, open_source
+from csi.stream.ports import ManifestBytes, ModelSource
+from csi.tree.assemble import assemble
+from csi.tree.model import TreeContent
+
+_TIMEOUT_S = 30.0
+_READ_BYTES = 256 * 1024  # one request for headers that lie close together
+
+
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
+    """The reference, and how to reach its registry."""
+    parser.add_argument(
+        "reference", metavar="REFERENCE", help="registry/repository:tag, …@sha256:…, or oci-layout:/directory[:tag]"
+    )
+    parser.add_argument("--plain-http", action="store_true", help="speak plain HTTP (loopback registries need no flag)")
+    login.add_flags(parser)
+
+
+@dataclass(slots=True)
+class FoundModel:
+    """What a reference names. `manifest` is None while an index leaves open which of its entries is the model; then
+    `undecided` says why.
+    """
+
+    reference: Reference
+    root: ManifestBytes
+    index: Index | None = None
+    chosen: IndexEntry | None = None
+    undecided: UnsupportedModelError | None = None
+    manifest_bytes: ManifestBytes | None = None
+    manifest: Manifest | None = None
+    parents: list[str] = field(default_factory=list)
+
+
+class ModelFinder:
+    """Reads one reference. Use `open_finder`."""
+
+    def __init__(self, args: argparse.Namespace, reference: Reference) -> None:
+        self._args = args
+        self._credentials = login.credentials_of(args, reference)
+        self._reference = reference
+        self._sources: dict[str, ModelSource] = {}
+        self.source = self._source(reference)
+
+    def find(self, variant: str) -> FoundModel:
+        """The manifest, through an index where there is one.
+
+        Raises: what the registry answers; UnsupportedModelError for what is no model.
+        """
+        root = self.source.fetch_manifest(self._reference.tag, self._reference.digest, _TIMEOUT_S)
+        found = FoundModel(self._reference, root)
+        here, parsed = root, parse(root.data, root.media_type)
+        if variant and isinstance(parsed, Manifest):
+            raise UnsupportedModelError(f"{self._reference}: is a single model, not an index; leave out the variant")
+        for _ in range(index.MAX_DEPTH):
+            if isinstance(parsed, Manifest):
+                found.manifest_bytes, found.manifest = here, parsed
+                return found
+            found.index = found.index or parsed
+            try:
+                entry = index.pick(parsed, variant, index.platform_of(platform.system(), platform.machine()))
+            except UnsupportedModelError as exc:
+                found.undecided = exc
+                return found
+            found.chosen = found.chosen or entry
+            here = self.source.fetch_manifest(None, entry.descriptor.digest, _TIMEOUT_S)
+            parsed, variant = parse(here.data, here.media_type), ""
+        raise UnsupportedModelError(f"{self._reference}: more than {index.MAX_DEPTH} indexes lie in each other")
+
+    def plan(self, found: FoundModel) -> ModelPlan:
+        """What the model's manifest gives to a tree, its parents' layers included; fills in `found.parents`."""
+        assert found.manifest is not None
+        plan = self._plan_of(found.manifest, self.source)
+        chain = [str(found.reference)]
+        while plan.parent is not None:
+            chain.append(plan.parent)
+            kitops.check_chain(chain)
+            reference = Reference.parse(plan.parent)
+            source = self._source(reference)
+            manifest_bytes = source.fetch_manifest(reference.tag, reference.digest, _TIMEOUT_S)
+            parent = parse(manifest_bytes.data, manifest_bytes.media_type)
+            if isinstance(parent, Index):
+                raise UnsupportedModelError(
+                    f"parent kit {reference}: is an index; the kit must name one manifest of it"
+                )
+            found.parents.append(str(reference.with_digest(manifest_bytes.digest)))
+            plan = kitops.with_parent(plan, self._plan_of(parent, source), reference.origin)
+        return plan
+
+    def tree(self, plan: ModelPlan, view: View, warnings: list[str]) -> TreeContent:
+        """The tree a volume would show.
+
+        Raises: UnsupportedModelError also for compressed layers, which nobody can list without reading all of them.
+        """
+        unread = [
+            f"layers[{position}] ({layer.packing}, {layer.descriptor.size_bytes} bytes)"
+            for position, layer in enumerate(plan.layers)
+            if layer.packing in (Packing.TAR_GZIP, Packing.TAR_ZSTD)
+        ]
+        if unread:
+            raise UnsupportedModelError(
+                f"{self._reference}: {', '.join(unread[:8])}{', …' if len(unread) > 8 else ''} must be read whole to be "
+                "listed; 'modelmount inspect' shows what is known without"
+            )
+        members = {
+            position: self._members(layer, f"layers[{position}]")
+            for position, layer in enumerate(plan.layers)
+            if layer.packing is Packing.TAR
+        }
+        return assemble(plan, members, view=view, warn=warnings.append)
+
+    def close(self) -> None:
+        """Close every connection."""
+        for source in self._sources.values():
+            source.close()
+
+    def _source(self, reference: Reference) -> ModelSource:
+        source = self._sources.get(reference.origin)
+        if source is not None:
+            return source
+        layout_fd = None
+        if reference.is_layout:
+            try:
+                layout_fd = os.open(reference.layout_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            except OSError as exc:
+                raise InvalidVolumeError(
+                    f"{reference}: {exc.strerror}; is it an OCI image-layout directory?", field="reference"
+                ) from exc
+        plain = (
+            {reference.registry} if self._args.plain_http and reference.registry == self._reference.registry else set()
+        )
+        settings = SourceSettings(
+            rules=AddressRules(frozenset(plain)), credentials=self._credentials_for(reference), layout_fd=layout_fd
+        )
+        source = self._sources[reference.origin] = open_source(reference, settings)
+        return source
+
+    def _plan_of(self, manifest: Manifest, source: ModelSource) -> ModelPlan:
+        config = _read_blob(source, manifest.config, MAX_CONFIG_BYTES) if needs_config(manifest) else None
+        return plan_of(manifest, config)
+
+    def _members(self, layer: LayerPlan, what: str) -> MemberTable:
+        source = self._source_of(layer)
+        window = _Window(source, layer.descriptor)
+        return tar.members_of(window.read, layer.descriptor.size_bytes, what)
+
+    def _source_of(self, layer: LayerPlan) -> ModelSource:
+        return self._sources[layer.origin] if layer.origin else self.source
+
+    def _credentials_for(self, reference: Reference) -> Credentials | None:
+        """A login given by hand is for the registry that was named by hand."""
+        if self._credentials is None or reference.registry != self._reference.registry:
+            return None
+        return Credentials(**self._credentials)
+
+
+class _Window:
+    """Reads a blob forwards, more than was asked for, because the next header is often near."""
+
+    def __init__(self, source: ModelSource, blob: Descriptor) -> None:
+        self._source = source
+        self._blob = blob
+        self._start = 0
+        self._data = b""
+
+    def read(self, offset: int, length: int) -> bytes:
+        end = self._start + len(self._data)
+        if not self._start <= offset <= offset + length <= end:
+            wanted = min(max(length, _READ_BYTES), self._blob.size_bytes - offset)
+            self._data = _read_range(self._source, self._blob, offset, wanted) if wanted else b""
+            self._start = offset
+        return self._data[offset - self._start : offset - self._start + length]
+
+
+def _read_range(source: ModelSource, blob: Descriptor, offset: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    reader = source.open_range(blob.digest, blob.size_bytes, offset, length)
+    try:
+        reader.readinto(memoryview(buffer))
+    finally:
+        reader.close()
+    return bytes(buffer)
+
+
+def _read_blob(source: ModelSource, blob: Descriptor, limit_bytes: int) -> bytes:
+    """A small blob, whole and verified. Raises: SizeMismatchError, DigestMismatchError, what the registry answers."""
+    if blob.size_bytes > limit_bytes:
+        raise SizeMismatchError(
+            f"blob {blob.digest.short()}: {blob.size_bytes} bytes, the limit is {limit_bytes}",
+            expected=limit_bytes,
+            actual=blob.size_bytes,
+            subject=str(blob.digest),
+        )
+    data = _read_range(source, blob, 0, blob.size_bytes) if blob.size_bytes else b""
+    actual = Digest.of(data, blob.digest.algorithm)
+    if actual != blob.digest:
+        raise DigestMismatchError(
+            f"blob {blob.digest.short()}: its bytes have digest {actual.short()}; the registry's storage is damaged",
+            expected=str(blob.digest),
+            actual=str(actual),
+            subject=str(blob.digest),
+        )
+    return data
+
+
+@contextmanager
+def open_finder(args: argparse.Namespace) -> Iterator[ModelFinder]:
+    """For `args` of `add_source_flags`. Raises: InvalidVolumeError for a reference or login that cannot be used."""
+    finder = ModelFinder(args, Reference.parse(args.reference))
+    try:
+        yield finder
+    finally:
+        finder.close()
