@@ -14,7 +14,6 @@ from csi.driver.capabilities import check_capability, described
 from csi.driver.credentials import credentials_of
 from csi.driver.handlers import ToTheEnd, required_id, required_path, rpc
 from csi.driver.publisher import Publisher, PublishRequest
-from csi.driver.records import Publication
 from csi.errors import InvalidVolumeError, VolumeNotFoundError
 from csi.volume import parse_attributes
 from csi.wire import csi_pb2, csi_pb2_grpc
@@ -47,7 +46,14 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     async def NodeGetVolumeStats(
         self, request: csi_pb2.NodeGetVolumeStatsRequest, context: grpc.aio.ServicerContext
     ) -> csi_pb2.NodeGetVolumeStatsResponse:
-        published = self._published(request.volume_id, request.volume_path, "volume_path")
+        volume_id = required_id(request.volume_id, "volume_id")
+        if not request.volume_path:
+            raise InvalidVolumeError("volume_path is missing", field="volume_path")
+        published = self._publisher.publication(volume_id, request.volume_path)
+        if published is None:
+            raise VolumeNotFoundError(
+                f"volume {volume_id} is not published at {request.volume_path[:200]}", volume_id=volume_id
+            )
         usage = csi_pb2.VolumeUsage
         return csi_pb2.NodeGetVolumeStatsResponse(
             usage=[
@@ -60,14 +66,30 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     async def NodeGetVolumeHealth(
         self, request: csi_pb2.NodeGetVolumeHealthRequest, context: grpc.aio.ServicerContext
     ) -> csi_pb2.NodeGetVolumeHealthResponse:
-        published = self._published(request.volume_id, request.volume_publish_path, "volume_publish_path")
+        volume_id = required_id(request.volume_id, "volume_id")
+        # The path is optional here: without it every place is asked about where the volume is published.
+        published = [
+            publication
+            for publication in self._publisher.of_volume(volume_id)
+            if request.volume_publish_path in ("", publication.target_path)
+        ]
+        if not published:
+            raise VolumeNotFoundError(
+                f"volume {volume_id} is not published at {request.volume_publish_path[:200] or 'any path here'}",
+                volume_id=volume_id,
+            )
+        troubles = {
+            (trouble.severity, trouble.reason): trouble
+            for publication in published
+            for trouble in await self._publisher.troubles(publication)
+        }
         entry = csi_pb2.VolumeHealth.VolumeHealthEntry
         return csi_pb2.NodeGetVolumeHealthResponse(
             volume_health=csi_pb2.VolumeHealth(
-                volume_id=request.volume_id,
+                volume_id=volume_id,
                 health_statuses=[
                     entry(status=trouble.severity.value, reason=trouble.reason, message=trouble.message)
-                    for trouble in await self._publisher.troubles(published)
+                    for trouble in troubles.values()
                 ],
             )
         )
@@ -83,16 +105,6 @@ class NodeService(csi_pb2_grpc.NodeServicer):
                 for trouble in await self._publisher.node_troubles()
             ]
         )
-
-    def _published(self, volume_id: str, path: str, field: str) -> Publication:
-        """Raises: InvalidVolumeError, VolumeNotFoundError."""
-        required_id(volume_id, "volume_id")
-        if not path:
-            raise InvalidVolumeError(f"{field} is missing", field=field)
-        found = self._publisher.publication(volume_id, path)
-        if found is None:
-            raise VolumeNotFoundError(f"volume {volume_id} is not published at {path[:200]}", volume_id=volume_id)
-        return found
 
     @rpc
     async def NodeGetCapabilities(

@@ -107,6 +107,10 @@ class Publisher:
         found = self._publications.get(target_path)
         return found if found is not None and found.volume_id == volume_id else None
 
+    def of_volume(self, volume_id: str) -> list[Publication]:
+        """Where that volume is published, from memory."""
+        return self._publications.of_volume(volume_id)
+
     async def troubles(self, publication: Publication) -> list[Trouble]:
         """What is wrong with a published volume; asks the supervisor, never the mount."""
         target_path = publication.target_path

@@ -82,6 +82,11 @@ def test_refused_credentials_show_as_such(
     eventually(lambda: not health(modelmount_node, published))
 
 
+def test_without_a_path_the_volume_is_asked_about_wherever_it_is(modelmount_node: NodeProcess, published: Path) -> None:
+    request = csi_pb2.NodeGetVolumeHealthRequest(volume_id="vol-1")
+    eventually(lambda: modelmount_node.node.NodeGetVolumeHealth(request, timeout=10).volume_health.health_statuses)
+
+
 def test_wrong_bytes_are_data_loss(modelmount_node: NodeProcess, fake_registry: FakeRegistry, published: Path) -> None:
     fake_registry.faults[:] = [Fault(match="/blobs/", flip_at=3, times=1_000_000)]
     eventually(lambda: "IntegrityFailure" in health(modelmount_node, published))
@@ -133,9 +138,8 @@ def test_an_aborted_connection_is_lost_until_the_next_publish(
     ("volume_id", "path", "code"),
     [
         ("", "/x", grpc.StatusCode.INVALID_ARGUMENT),
-        ("vol-1", "", grpc.StatusCode.INVALID_ARGUMENT),
         ("vol-1", "/nowhere", grpc.StatusCode.NOT_FOUND),
-        ("other", "", grpc.StatusCode.INVALID_ARGUMENT),
+        ("other", "", grpc.StatusCode.NOT_FOUND),
     ],
 )
 def test_health_of_what_is_not_published(
