@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 
 import grpc
 
+from csi.driver.requests import described
 from csi.driver.status_map import status_of
 from csi.errors import InvalidVolumeError, ModelMountError
+from csi.redact import scrub
 
 log = logging.getLogger(__name__)
 
@@ -27,18 +29,20 @@ _MAX_PATH_BYTES = 4096
 def rpc(
     handler: Callable[[Any, Any, grpc.aio.ServicerContext], Awaitable[_Reply]],
 ) -> Callable[[Any, Any, grpc.aio.ServicerContext], Awaitable[_Reply]]:
-    """Decorates an RPC handler. Requests are never logged whole: they carry secrets."""
+    """Decorates an RPC handler. Requests are logged without their secrets, at DEBUG."""
 
     @functools.wraps(handler)
     async def handled(self: Any, request: Any, context: grpc.aio.ServicerContext) -> _Reply:
         started = time.monotonic()
         extra = {"rpc": handler.__name__, "volume_id": getattr(request, "volume_id", None)}
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s %s", handler.__name__, described(request), extra=extra)
         try:
             reply = await handler(self, request, context)
         except ModelMountError as exc:
             code = status_of(exc)
             log.warning("%s: %s: %s", handler.__name__, code.name, exc, extra=extra)
-            await context.abort(code, str(exc))
+            await context.abort(code, scrub(str(exc)))
             raise AssertionError("unreachable: abort raises") from exc
         except grpc.aio.AbortError:
             raise

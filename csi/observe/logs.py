@@ -7,6 +7,8 @@ import logging
 import sys
 import time
 
+from csi.redact import scrub
+
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -29,14 +31,22 @@ class JsonFormatter(logging.Formatter):
         line |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return scrub(json.dumps(line, default=str))
+
+
+class TextFormatter(logging.Formatter):
+    """For a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, and a traceback where there is one."""
+        return scrub(super().format(record))
 
 
 def set_up(role: str, level: str) -> None:
     """Send every log record of this process to stderr: text on a terminal, JSON elsewhere."""
     handler = logging.StreamHandler(sys.stderr)
     if sys.stderr.isatty():
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {role} %(levelname)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(TextFormatter(f"%(asctime)s {role} %(levelname)s %(message)s", "%H:%M:%S"))
     else:
         handler.setFormatter(JsonFormatter(role))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
