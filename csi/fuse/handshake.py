@@ -69,7 +69,7 @@ _WANTED = (
     | InitFlag.HAS_RESEND
     | InitFlag.ALLOW_IDMAP
 )
-_MAX_BACKGROUND = 128
+_MAX_BACKGROUND = 6144  # page-cache reads that may wait at once; one more, and cached files wait with them
 _CONGESTION_THRESHOLD = 96
 _MAX_PAGES = {BackendName.PYFUSE3: 256, BackendName.RAW: 4096}
 """Pages per request: 1 MiB, pyfuse3 reads no larger ones; 16 MiB, but never more than fs.fuse.max_pages_limit."""

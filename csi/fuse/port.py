@@ -15,6 +15,9 @@ from csi.tree.model import Entry, EntryKind
 STABLE_TIMEOUT_S = 24 * 3600.0
 """How long the kernel may keep names and attributes: content never changes under a digest."""
 
+NAME_MAX = 255
+"""Bytes in a name, as everywhere on Linux."""
+
 IO_BYTES = 1024 * 1024
 """st_blksize: what `cat`, Python and most loaders take as the size of one read."""
 
@@ -77,8 +80,12 @@ class Namespace:
         self.tree = tree
 
     def lookup(self, parent: int, name: bytes) -> Entry | None:
-        """The entry, or None (a negative entry the kernel may keep)."""
+        """The entry, or None (a negative entry the kernel may keep). Raises: NoSuchEntryError ENOENT, ENOTDIR, ENAMETOOLONG
+        (newer kernels ask for names of up to 4095 bytes).
+        """
         directory = self.directory(parent)
+        if len(name) > NAME_MAX:
+            raise NoSuchEntryError(errno.ENAMETOOLONG)
         if name == b".":
             return directory
         if name == b"..":

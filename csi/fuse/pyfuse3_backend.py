@@ -29,7 +29,7 @@ from csi.tree.model import Entry, EntryKind
 
 log = logging.getLogger(__name__)
 
-_MAX_TASKS = 4096  # requests that may wait at once; a waiting read must never keep a cached one from being answered
+_MAX_TASKS = 8192  # requests that may wait at once; a waiting read must never keep a cached one from being answered
 _NS = 1_000_000_000
 
 
