@@ -6,6 +6,7 @@
     ├── VolumeNotFoundError         no such volume, or not there
     ├── VolumeConflictError         published already, differently
     ├── OperationPendingError       the same volume or target is being worked on
+    ├── ModelPreparingError         layers must be read before the model can be mounted; it goes on meanwhile
     ├── RegistryError
     │   ├── ModelNotFoundError      404: no such repository, tag or digest
     │   ├── RegistryAuthError       401 / 403
@@ -66,6 +67,14 @@ class VolumeConflictError(ModelMountError):
 
 class OperationPendingError(ModelMountError):
     """Another call works on the same target. Fields: `target_path`."""
+
+    retryable = True
+
+
+class ModelPreparingError(ModelMountError):
+    """The model is not ready to be mounted; the work goes on and the next call joins it. Fields: `percent` (whole),
+    `rate_bytes_s`, and `eta_s` once there is a rate.
+    """
 
     retryable = True
 

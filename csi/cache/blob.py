@@ -15,8 +15,6 @@ from csi.errors import CacheError
 from csi.oci.digest import Digest
 from csi.stream import blocks
 
-_READABLE = 0o640  # the worker is in the writer's group
-
 
 class _OpenSegment:
     """A descriptor that is closed with the last reference: a read in another thread may still use it when it is replaced,
@@ -212,7 +210,7 @@ class BlobWriter(_MappedBlob):
 
     def _create(self, path: str) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.open(path, flags, _READABLE, dir_fd=self._area_fd)
+        return os.open(path, flags, fmt.FILE_MODE, dir_fd=self._area_fd)
 
 
 _ALL_KEPT = bytes([Mark.ABSENT, Mark.KEPT, Mark.KEPT, *[Mark.ABSENT] * 253])
@@ -221,7 +219,7 @@ _ALL_KEPT = bytes([Mark.ABSENT, Mark.KEPT, Mark.KEPT, *[Mark.ABSENT] * 253])
 def _open_map(area_fd: int, name: str, size_bytes: int, boot_id: bytes, *, recheck: bool) -> int:
     count = blocks.block_count(size_bytes)
     path = f"{name}/{fmt.MAP_NAME}"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _READABLE, dir_fd=area_fd)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, fmt.FILE_MODE, dir_fd=area_fd)
     try:
         if not _is_usable(fd, size_bytes, boot_id, recheck=recheck):
             header = fmt.MapHeader(size_bytes, blocks.BLOCK_BYTES, count, BlobState.FILLING, boot_id)

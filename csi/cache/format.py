@@ -3,6 +3,8 @@
     map         header (64 bytes) and one byte per 4 MiB block, a `Mark`
     seg-00000   bytes of the blocks 0 to 15, allocated as a whole (posix_fallocate: writing into a hole costs four
     seg-00001   times the CPU), and so on
+    index       of an archive layer: what is in it, see `csi.oci.archive.layer_index`
+    decoded     of a layer that can only be decoded from its start: the result, complete when there is an index
 
 The map is shared memory between the one writer and any number of readers. A block is marked after its bytes are
 in the segment, so a process that dies at any instant loses at most unmarked blocks. A machine that dies may lose
@@ -21,9 +23,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from csi.errors import CacheError
+from csi.oci.digest import Digest
 
 VERSION = 1
 MAP_NAME = "map"
+FILE_MODE = 0o640  # the worker is in the writer's group
 _MAGIC = b"MMBLKMAP"
 _HEADER = struct.Struct("<8sHHIQQB15x16s")  # magic version pad block_bytes size blocks state boot_id
 HEADER_BYTES = _HEADER.size
@@ -88,3 +92,13 @@ def segment_name(segment: int) -> str:
 def area_path(domain: str, mount_id: str) -> str:
     """Where the blobs of one mount lie, relative to the cache directory."""
     return f"v{VERSION}/{domain}/mounts/{mount_id}"
+
+
+def layer_index_path(digest: Digest) -> str:
+    """The layer index of a blob, relative to the mount's area."""
+    return f"{digest.path_name}/index"
+
+
+def spool_path(digest: Digest, *, partial: bool = False) -> str:
+    """The decoded form of a blob, relative to the mount's area; `partial` while it is being written."""
+    return f"{digest.path_name}/decoded{'.part' if partial else ''}"

@@ -69,6 +69,11 @@ def _lines(mount: dict[str, Any]) -> list[str]:
         f"fetcher {mount['fetcher_pid']} ({mount['fetcher_restarts']} restarts)",
         f"  survives  {'a crash of the worker' if mount['can_resend'] else 'planned upgrades only (kernel < 6.9)'}",
     ]
+    lines += [f"  layers    {text}" for text in _layer_modes(mount.get("layers", []))]
+    if mount.get("preparing"):
+        lines.append(f"  preparing {mount['preparing']}")
+    if mount.get("variant_digest"):
+        lines.append(f"  variant   {mount['variant_digest']}")
     lines += [f"  shown at  {target}" for target in mount["targets"]]
     if error := mount["progress"].get("last_error"):
         lines.append(f"  trouble   {error}")
@@ -76,3 +81,16 @@ def _lines(mount: dict[str, Any]) -> list[str]:
         when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
         lines.append(f"  event     {when} {event['reason']}: {event['message']}")
     return lines
+
+
+def _layer_modes(layers: list[dict[str, Any]]) -> list[str]:
+    """Archive layers by how they are read; one that is being read by itself, with how far it is."""
+    lines = []
+    counts: dict[str, int] = {}
+    for layer in layers:
+        if layer["done_bytes"] < layer["size_bytes"]:
+            percent = 100 * layer["done_bytes"] // layer["size_bytes"]
+            lines.append(f"{layer['digest'][:19]} {layer['mode']} {percent} %")
+        else:
+            counts[layer["mode"]] = counts.get(layer["mode"], 0) + 1
+    return [f"{count} {mode}" for mode, count in sorted(counts.items())] + lines

@@ -45,6 +45,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--fetch-threads", type=int, default=4, metavar="N", help="connections per mount (default 4)")
     group.add_argument(
+        "--patience",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="how long a publish waits for layers that must be read first, before it answers how far they are "
+        "(default 10 s)",
+    )
+    group.add_argument(
         "--read-deadline", type=float, default=120.0, metavar="S", help="how long a read waits (default 120 s)"
     )
     group.add_argument(
@@ -66,6 +74,7 @@ def flags_of(args: argparse.Namespace) -> list[str]:
     flags = [
         f"--data-dir={args.data_dir}",
         f"--fetch-threads={args.fetch_threads}",
+        f"--patience={args.patience}",
         f"--read-deadline={args.read_deadline}",
         f"--read-ahead-kb={args.read_ahead_kb}",
         f"--fuse-backend={args.fuse_backend}",
@@ -93,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         read_ahead_kb=args.read_ahead_kb,
         fuse_backend=BackendName.RAW if args.fuse_backend == "auto" else BackendName(args.fuse_backend),
         fetch_threads=args.fetch_threads,
+        patience_s=args.patience,
         read_deadline_s=args.read_deadline,
         spares=args.spares,
         worker_uid=WORKER_UID if is_root else None,

@@ -19,6 +19,7 @@ _CODE: dict[type[errors.ModelMountError], grpc.StatusCode] = {
     errors.VolumeNotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.VolumeConflictError: grpc.StatusCode.ALREADY_EXISTS,
     errors.OperationPendingError: grpc.StatusCode.ABORTED,
+    errors.ModelPreparingError: grpc.StatusCode.UNAVAILABLE,
     errors.RegistryError: grpc.StatusCode.INTERNAL,
     errors.ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.RegistryAuthError: grpc.StatusCode.UNAUTHENTICATED,

@@ -106,7 +106,8 @@ class FetchEngine:
 
     Callbacks come from our threads: `on_block(blob, block)`, `on_failed(blob, block, error)` for a block that will not
     come without being asked for again, `on_wrong(error)` when bytes were found wrong, received or stored ones, and
-    `on_lent(blob, block, slot)`, which says whether the worker has been told of that slot of `ring`.
+    `on_lent(blob, block, slot)`, which says whether the worker has been told of that slot of `ring`. Without a ring every
+    block goes to the cache or is lost.
     """
 
     def __init__(
@@ -119,8 +120,8 @@ class FetchEngine:
         on_block: Callable[[int, int], None],
         on_failed: Callable[[int, int, ModelMountError], None],
         on_wrong: Callable[[ModelMountError], None],
-        on_lent: Callable[[int, int, int], bool],
-        ring: LendingRing,
+        on_lent: Callable[[int, int, int], bool] = lambda blob, block, slot: False,
+        ring: LendingRing | None = None,
         hashes: Sequence[BlobHashes] | None = None,
     ) -> None:
         self._sources = list(sources)
@@ -152,7 +153,8 @@ class FetchEngine:
         for number in range(self._settings.threads):
             least = Priority.AHEAD if number == 0 else Priority.BACKGROUND
             self._spawn(f"fetch-{number}", functools.partial(self._fetch_loop, least))
-        self._spawn("write", self._write_loop)
+        if self._ring is not None:
+            self._spawn("write", self._write_loop)
         if self._hashes is None:
             self._spawn("hash", self._hash_loop)
 
@@ -282,7 +284,7 @@ class FetchEngine:
         """
         rest = self._no_writes_until - time.monotonic()
         if rest > 0:
-            full = self._ring.free_slots <= self._ring.slots // 4
+            full = self._ring is None or self._ring.free_slots <= self._ring.slots // 4
             return (Priority.DEMAND if full else min(least, Priority.AHEAD)), rest
         if self._disk_is_slow and self._readers_wait():
             return min(least, Priority.AHEAD), _HASH_PATIENCE_S
@@ -385,8 +387,8 @@ class FetchEngine:
 
     def _lend(self, blob: int, block: int, content: memoryview, *, write: bool) -> bool:
         """Give a block to the worker in memory, and `write` it behind its back if there is time. False: no room."""
-        slot = self._ring.lend(content)
-        if slot is None:
+        slot = self._ring.lend(content) if self._ring is not None else None
+        if slot is None or self._ring is None:
             return False
         if write and self._ring.free_slots > self._ring.slots // 2:
             self._ring.hold(slot)
@@ -402,6 +404,7 @@ class FetchEngine:
 
     def _write_loop(self) -> None:
         """Write what was lent."""
+        assert self._ring is not None
         while not self._stopping:
             blob, block, slot = self._behind.get()
             length = blocks.block_length(self._specs[blob].size_bytes, block)

@@ -4,6 +4,7 @@
                  access check of a later volume)
     start        where the blobs come from, the mount's cache area, how to verify; from here on the process serves one
                  mount
+    build        a channel to the worker that finds out what is in the model (see `csi.fetcher.build`)
     fill         fetch the whole model from now on
     worker       a channel to the mount's (new) worker, which then sends the list of blobs and what it wants
     credentials  where the blobs come from now, and as whom; reads that wait for better credentials go on
@@ -31,6 +32,7 @@ from csi.cache.blob import BlobWriter, this_boot
 from csi.cache.ring import LendingRing
 from csi.control import wire
 from csi.errors import CacheError, ControlError, ModelMountError, to_wire
+from csi.fetcher.build import BuildService
 from csi.fetcher.engine import EngineSettings, FetchEngine
 from csi.fetcher.index_source import has_index, load_index
 from csi.fetcher.possession import prove_possession
@@ -66,6 +68,7 @@ class Fetcher:
         self._resolved: ManifestBytes | None = None
         self._index: BlockIndex | None = None
         self._worker: socket.socket | None = None
+        self._build: BuildService | None = None
         self._engine: FetchEngine | None = None
         self._engine_settings = EngineSettings()
         self._ring = LendingRing(_RING_SLOTS)
@@ -99,6 +102,9 @@ class Fetcher:
                     threading.Thread(target=self._resolve, args=(request, fds), daemon=True, name="resolve").start()
                 case "start":
                     self._start(request, fds)
+                    self._reply(wire.ok(request))
+                case "build":
+                    self._serve_build(wire.exactly(fds, 1)[0])
                     self._reply(wire.ok(request))
                 case "fill":
                     self._fill()
@@ -171,6 +177,17 @@ class Fetcher:
             self._index = load_index(self._area_fd, self._sources[0], digest, known)
         self._resolved = None
 
+    def _serve_build(self, channel_fd: int) -> None:
+        channel = socket.socket(fileno=channel_fd)
+        if self._area_fd is None or not self._sources:
+            channel.close()
+            raise ControlError("fetcher: build before start")
+        if self._build is not None:
+            self._build.stop()
+        settings = replace(self._engine_settings, fill=True)
+        self._build = BuildService(channel, lambda: self._sources, self._area_fd, settings, self._index, self._on_wrong)
+        self._build.start()
+
     def _fill(self) -> None:
         self._engine_settings = replace(self._engine_settings, fill=True)
         if self._engine is not None:
@@ -191,6 +208,8 @@ class Fetcher:
             self._sources.append(source)
         if self._engine is not None:
             self._engine.use_sources(self._sources)
+        if self._build is not None:
+            self._build.use_sources(self._sources)
         for source in before.values():
             source.close()
 

@@ -16,6 +16,7 @@ _ERRNO: dict[type[errors.ModelMountError], int] = {
     errors.VolumeNotFoundError: errno.EIO,
     errors.VolumeConflictError: errno.EIO,
     errors.OperationPendingError: errno.EIO,
+    errors.ModelPreparingError: errno.EIO,
     errors.RegistryError: errno.EIO,
     errors.ModelNotFoundError: errno.EIO,
     errors.RegistryAuthError: errno.EIO,

@@ -28,6 +28,7 @@ from csi.errors import ControlError, DigestMismatchError, ModelMountError, Mount
 from csi.fuse.handshake import RESEND_MESSAGE, BackendName
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
+from csi.supervisor.build import BuildPhase, SentManifest
 from csi.supervisor.child import Child, ChildPool
 from csi.supervisor.settings import SupervisorSettings
 from csi.volume import MountKey, Prefetch, Verify
@@ -35,7 +36,6 @@ from csi.volume import MountKey, Prefetch, Verify
 log = logging.getLogger(__name__)
 
 _SERVE_TIMEOUT_S = 20.0
-_BUILD_TIMEOUT_S = 60.0
 _CRASH_WINDOW_S = 30.0
 _CRASHES_BEFORE_WAIT = 5
 _CRASH_WAIT_S = 5.0
@@ -66,7 +66,7 @@ class Resolved:
 
 
 class Mount:
-    """Create with `create`; everything runs on the supervisor's event loop."""
+    """Made with `prepare`, served once `ready` returns; everything runs on the supervisor's event loop."""
 
     def __init__(
         self, key: MountKey, reference: Reference, keeper: KeeperClient, pool: ChildPool, settings: SupervisorSettings
@@ -84,6 +84,7 @@ class Mount:
         self._keeper, self._pool, self._settings = keeper, pool, settings
         self.indexed = False
         self.wanted_at = 0.0
+        self._first_credentials: Credentials = None
         self._fill = False
         self._stopping = False
         self._worker: Child | None = None
@@ -91,26 +92,51 @@ class Mount:
         self._fuse_fd = self._table_fd = self._tree_fd = self._area_fd = self._layout_fd = -1
         self._init = b""
         self._watchers: list[asyncio.Task[None]] = []
+        self._build = BuildPhase(f"model {key.digest.short()}", self._fetch_manifest)
+        self._creation: asyncio.Task[None] | None = None
+        self.failure: ModelMountError | None = None
+        """Why it never was served."""
 
-    async def create(self, fetcher: Child, model: Resolved, credentials: Credentials, prefetch: Prefetch) -> None:
-        """From a manifest to a served superblock. On failure nothing of it stays.
-
-        Raises: UnsupportedModelError (from the worker), MountError (from the keeper), ControlError.
+    def prepare(self, fetcher: Child, model: Resolved, credentials: Credentials, prefetch: Prefetch) -> None:
+        """Begin to make the mount, from a manifest to a served superblock. Takes over `fetcher`, not `model.manifest_fd`. It
+        goes on until it is done or `close`; on failure nothing of it stays.
         """
         self._fetcher = fetcher
         self.indexed = model.indexed
         self._fill = prefetch is Prefetch.FULL
+        self._first_credentials = credentials
+        manifest = SentManifest(os.dup(model.manifest_fd), model.media_type)
+        self._creation = asyncio.create_task(self._create(fetcher, manifest))
+
+    async def ready(self, patience_s: float) -> None:
+        """Returns once the mount is served.
+
+        Raises: ModelPreparingError when that takes longer than `patience_s`; UnsupportedModelError and the like (from the
+        worker), MountError (from the keeper), ControlError.
+        """
+        assert self._creation is not None
+        await asyncio.wait([self._creation], timeout=patience_s)
+        if self.failure is not None:
+            raise self.failure
+        if self._stopping:
+            raise ControlError(f"mount {self.mount_id[:8]}: it was ended; try again")
+        if not self._creation.done():
+            raise self._build.not_ready()
+
+    async def _create(self, fetcher: Child, manifest: SentManifest) -> None:
         try:
             worker_ready = asyncio.create_task(self._pool.take("worker"))
             self._area_fd = _open_area(self._settings.area_dir(self.key), self._settings)
             if self.reference.is_layout:
                 self._layout_fd = os.open(self.reference.layout_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             self._worker = await worker_ready
-            self.summary, (self._tree_fd,) = await self._worker.call(
-                "build", _BUILD_TIMEOUT_S, [model.manifest_fd], media_type=model.media_type, view=self.key.view.texts
+            await self._start_fetcher(
+                fetcher, [{"reference": str(self.reference), "credentials": self._first_credentials}]
+            )
+            self._tree_fd, self.summary = await self._build.run(
+                self._worker, fetcher, manifest, self._area_fd, self.key.view.texts, str(self.key.verify)
             )
             self._save_tree()
-            await self._start_fetcher(fetcher, [{"reference": str(self.reference), "credentials": credentials}])
             kept, self._fuse_fd, self._table_fd, self._init = await asyncio.to_thread(
                 self._keeper.mount, self.mount_id, self._settings.read_ahead_kb, self._settings.fuse_backend
             )
@@ -118,10 +144,31 @@ class Mount:
             if kept.existed:
                 self._resend()  # what the worker of a supervisor that died had taken
             await self._serve(self._worker)
-        except BaseException:
-            await self.close()
-            raise
+        except Exception as exc:
+            if not isinstance(exc, ModelMountError):
+                log.exception("mount %s: failed by a bug", self.mount_id[:8])
+                exc = ModelMountError(f"internal error while mounting: {type(exc).__name__}")
+            self.failure = exc
+            await self._tear_down()
+            return
+        finally:
+            os.close(manifest.fd)
         self._watchers = [asyncio.create_task(self._watch_worker()), asyncio.create_task(self._watch_fetcher())]
+
+    async def _fetch_manifest(self, digest: Digest) -> SentManifest:
+        if self._fetcher is None:
+            raise ControlError(f"mount {self.mount_id[:8]}: its fetcher is gone; try again")
+        child = await resolve(
+            self._fetcher, self.reference.with_digest(digest), self._first_credentials, self._settings
+        )
+        return SentManifest(child.manifest_fd, child.media_type)
+
+    async def use_first_credentials(self, credentials: Credentials) -> None:
+        """Newer ones, while the mount is being made and no volume has it yet."""
+        if self.leases or credentials == self._first_credentials:
+            return
+        self._first_credentials = credentials
+        await self._send_sources([{"reference": str(self.reference), "credentials": credentials}])
 
     async def access(self, reference: Reference, credentials: Credentials) -> None:
         """Whether these credentials may read the model, asked of the registry itself.
@@ -199,6 +246,9 @@ class Mount:
             "init_set_version": self.kept.init_set_version if self.kept else None,
             "backend": self.kept.backend if self.kept else None,
             "dead": self.dead,
+            "preparing": None if self.kept is not None else self._build.not_ready().message,
+            "variant_digest": self._build.chosen,
+            "layers": self._build.layers,
             "files": self.summary.get("files", 0),
             "total_bytes": self.summary.get("total_bytes", 0),
             "volumes": sorted({lease.volume_id for lease in self.leases.values()}),
@@ -230,6 +280,13 @@ class Mount:
 
     async def close(self) -> None:
         """Unmount, stop both processes, close everything. Idempotent; never waits for a registry or a reader."""
+        self._stopping = True
+        if self._creation is not None and not self._creation.done():
+            self._creation.cancel()
+            await asyncio.wait([self._creation])
+        await self._tear_down()
+
+    async def _tear_down(self) -> None:
         self._stopping = True
         for watcher in self._watchers:
             watcher.cancel()
@@ -372,12 +429,15 @@ class Mount:
 
     async def _use_sources(self) -> None:
         """Tell the fetcher where to fetch from, and as whom, now."""
+        await self._send_sources(self._sources())
+
+    async def _send_sources(self, sources: list[dict[str, Any]]) -> None:
         if self._fetcher is not None:
             with contextlib.suppress(ControlError):  # a new fetcher gets them when it starts
                 await self._fetcher.call(
                     "credentials",
                     5.0,
-                    sources=self._sources(),
+                    sources=sources,
                     plain_http_hosts=list(self._settings.plain_http_hosts),
                 )
 

@@ -25,6 +25,8 @@ class SupervisorSettings:
     """Who serves mounts made from now on; those that exist keep theirs."""
     fetch_threads: int = 4
     resolve_timeout_s: float = 20.0
+    patience_s: float = 10.0
+    """How long a publish waits for a model that must be read or checked first, before its caller hears how far it is."""
     read_deadline_s: float = 120.0
     spares: int = 1
     worker_uid: int | None = None

@@ -15,7 +15,13 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from csi.control.keeper import KeeperClient
-from csi.errors import InvalidVolumeError, OperationPendingError, UnsupportedModelError
+from csi.errors import (
+    InvalidVolumeError,
+    ModelMountError,
+    ModelPreparingError,
+    OperationPendingError,
+    UnsupportedModelError,
+)
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
 from csi.oci.view import View
@@ -26,7 +32,6 @@ from csi.volume import Prefetch, Verify, mount_key
 
 log = logging.getLogger(__name__)
 
-_EAGER_PATIENCE_S = 10.0  # then the caller hears how far it is
 _EAGER_POLL_S = 0.2
 _UNWANTED_S = 600.0  # kubelet asks again at least every two minutes
 
@@ -76,12 +81,17 @@ class Supervisor:
         # One at a time per reference: the first makes the mount, the others find it.
         async with self._lock(str(wanted)):
             mount = self._find(wanted, verify, view)
+            if mount is not None and mount.failure is not None:  # it failed while nobody waited
+                await self._end(mount)
+                raise mount.failure
             if mount is not None:
                 lease = mount.leases.get(target_path)
                 if lease is None or lease.credentials != credentials:
                     await mount.access(wanted, credentials)
             else:
                 mount = await self._create(wanted, verify, prefetch, view, credentials)
+        if not mount.leases:
+            await self._until_ready(mount, credentials)
         if mount.key.verify is Verify.EAGER and not mount.leases:
             await self._until_verified(mount)
         async with self._lock(str(wanted)):
@@ -127,12 +137,28 @@ class Supervisor:
         await asyncio.gather(*(mount.close() for mount in mounts))
         await self._pool.close()
 
-    async def _until_verified(self, mount: Mount) -> None:
-        """Raises: OperationPendingError with progress; DigestMismatchError, and then the mount ends."""
+    async def _until_ready(self, mount: Mount, credentials: Credentials) -> None:
+        """Raises: ModelPreparingError with progress; what keeps the model from being mounted, and then it ends."""
+        self._want(mount)
+        await mount.use_first_credentials(credentials)
+        try:
+            await mount.ready(self._settings.patience_s)
+        except ModelPreparingError:
+            raise
+        except ModelMountError:
+            await self._end(mount)
+            raise
+
+    def _want(self, mount: Mount) -> None:
+        """Somebody waits for a mount that nobody has yet."""
+        mount.wanted_at = time.monotonic()
         if mount.mount_id not in self._expiries:
             self._expiries[mount.mount_id] = asyncio.create_task(self._end_if_unwanted(mount))
-        mount.wanted_at = time.monotonic()
-        deadline = mount.wanted_at + _EAGER_PATIENCE_S
+
+    async def _until_verified(self, mount: Mount) -> None:
+        """Raises: OperationPendingError with progress; DigestMismatchError, and then the mount ends."""
+        self._want(mount)
+        deadline = mount.wanted_at + self._settings.patience_s
         while True:
             done, total, error = await mount.progress()
             if error is not None:
@@ -157,11 +183,15 @@ class Supervisor:
                     return
                 await asyncio.sleep(left)
         finally:
-            self._expiries.pop(mount.mount_id, None)
+            if self._expiries.get(mount.mount_id) is asyncio.current_task():
+                del self._expiries[mount.mount_id]
 
     async def _end(self, mount: Mount) -> None:
         if self._mounts.get(mount.mount_id) is mount:
             del self._mounts[mount.mount_id]
+            expiry = self._expiries.pop(mount.mount_id, None)
+            if expiry is not None and expiry is not asyncio.current_task():
+                expiry.cancel()
         await asyncio.shield(asyncio.create_task(mount.close()))
 
     async def _create(
@@ -184,7 +214,9 @@ class Supervisor:
             key = mount_key(wanted, model.digest, promise, view)
             async with self._lock(key.mount_id):
                 held = self._mounts.get(key.mount_id)
-                if held is not None and not held.dead:  # another tag, or another spelling, of the same model
+                if (
+                    held is not None and not held.dead and held.failure is None
+                ):  # another tag, or another spelling, of the same model
                     await fetcher.stop()
                     if held.key.origin is None:
                         await held.access(wanted, credentials)
@@ -192,7 +224,7 @@ class Supervisor:
                 if held is not None:
                     await held.close()
                 mount = Mount(key, wanted, self._keeper, self._pool, self._settings)
-                await mount.create(fetcher, model, credentials, prefetch)
+                mount.prepare(fetcher, model, credentials, prefetch)
                 if held is not None:
                     mount.leases.update(held.leases)
                 self._mounts[key.mount_id] = mount

@@ -1,6 +1,8 @@
 """`modelmount worker`: started by the supervisor with one socket; everything else arrives over that socket.
 
-    build    a manifest in, a serialised tree out (the tree is complete before its mount exists)
+    build    a manifest, the mount's cache area, a channel to the fetcher: work begins (see `csi.worker.build`)
+    built    how far that is: a serialised tree, an error, a manifest that is needed, or progress after a while
+    provide  that manifest
     serve    a kept /dev/fuse connection, a tree, the mount's cache area, a channel to the fetcher; answered when
              requests are being served
     fetcher  another channel, after the fetcher was replaced
@@ -12,11 +14,14 @@ The worker remembers nothing that the tree and the cache do not say, so it may b
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,47 +29,30 @@ import trio
 
 from csi.cache.ring import BorrowedBlocks
 from csi.control import wire
-from csi.errors import ControlError, ModelMountError, RegistryUnavailableError, UnsupportedModelError, from_wire
+from csi.errors import ControlError, ModelMountError, RegistryUnavailableError, from_wire
 from csi.fuse.handshake import BackendName
 from csi.fuse.port import Backend, Connection, ContentReader, Namespace
 from csi.fuse.pyfuse3_backend import Pyfuse3Backend
 from csi.fuse.raw_backend import RawBackend
-from csi.oci.formats.detect import needs_config, plan_of
-from csi.oci.manifest import parse_manifest
 from csi.oci.view import View
 from csi.stream.scheduler import Priority
-from csi.tree import file_format
-from csi.tree.assemble import assemble
 from csi.tree.file_format import Tree
+from csi.tree.model import Encoding
+from csi.volume import Verify
+from csi.worker.build import Build, BuildRequest, SentManifest
+from csi.worker.build_channel import BuildChannel
+from csi.worker.decoded import DecodingReader
 from csi.worker.reader import CachedReader
 
 log = logging.getLogger(__name__)
 
 _MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 _MAX_TREE_BYTES = 1 << 30
+_MAX_REPORTED_LAYERS = 200
 _BACKENDS: dict[BackendName, Callable[[Namespace, ContentReader], Backend]] = {
     BackendName.PYFUSE3: Pyfuse3Backend,
     BackendName.RAW: RawBackend,
 }
-
-
-def build_tree(manifest: bytes, media_type: str, view: View) -> bytes:
-    """The serialised tree of a view of a model whose layers are raw files.
-
-    Raises: UnsupportedModelError and its relatives, naming what cannot be mounted and why.
-    """
-    parsed = parse_manifest(manifest, media_type)
-    if needs_config(parsed):
-        raise UnsupportedModelError(f"its config ({parsed.config.media_type}) would have to be read first")
-    plan = plan_of(parsed)
-    if plan.archives:
-        layer = plan.layers[plan.archives[0]].descriptor
-        raise UnsupportedModelError(
-            f"media type {layer.media_type} packs files into an archive, which this version does not mount; push the "
-            "model again with raw layers ('modelmount push')",
-            media_type=layer.media_type,
-        )
-    return file_format.dump(assemble(plan, view=view, warn=log.warning))
 
 
 class Worker:
@@ -78,6 +66,8 @@ class Worker:
         self._reader: CachedReader | None = None
         self._tree: Tree | None = None
         self._fetcher: socket.socket | None = None
+        self._build: Build | None = None
+        self._build_moved = trio.Event()
 
     async def run(self) -> None:
         """Until `stop`, the end of the control socket or of the connection."""
@@ -114,7 +104,14 @@ class Worker:
             case "ping":
                 self._reply(wire.ok(request, pid=os.getpid()))
             case "build":
-                self._build(request, fds)
+                self._start_build(request, fds)
+            case "built":
+                wire.close_all(fds)
+                assert self._nursery is not None
+                self._nursery.start_soon(self._answer_built, request)
+            case "provide":
+                self._provide(request, wire.exactly(fds, 1)[0])
+                self._reply(wire.ok(request))
             case "serve":
                 self._serve(request, fds)
             case "fetcher":
@@ -131,22 +128,62 @@ class Worker:
                 wire.close_all(fds)
                 raise ControlError(f"worker: unknown operation {other!r}")
 
-    def _build(self, request: wire.Message, fds: list[int]) -> None:
-        (manifest_fd,) = wire.exactly(fds, 1)
-        try:
-            manifest = wire.read_all(manifest_fd, _MAX_MANIFEST_BYTES, "manifest")
-        finally:
-            os.close(manifest_fd)
-        view = View.parse(wire.field(request, "view", dict))
-        content = build_tree(manifest, wire.field(request, "media_type", str), view)
-        tree = Tree(content)
-        tree_fd = wire.memfd("tree", content)
-        try:
-            self._reply(
-                wire.ok(request, files=tree.files, total_bytes=tree.total_bytes, blobs=len(tree.blobs)), [tree_fd]
-            )
-        finally:
-            os.close(tree_fd)
+    def _start_build(self, request: wire.Message, fds: list[int]) -> None:
+        manifest_fd, area_fd, channel_fd = wire.exactly(fds, 3)
+        if self._build is not None:
+            wire.close_all(fds)
+            raise ControlError("worker: a model is being built already")
+        token = trio.lowlevel.current_trio_token()
+
+        def wake() -> None:
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(self._build_moves)
+
+        self._build = Build(
+            BuildRequest(
+                _read_manifest(request, manifest_fd),
+                View.parse(wire.field(request, "view", dict)),
+                Verify(wire.field(request, "verify", str)),
+            ),
+            BuildChannel(socket.socket(fileno=channel_fd)),
+            area_fd,
+            wake,
+        )
+        self._build.start()
+        self._reply(wire.ok(request))
+
+    def _provide(self, request: wire.Message, manifest_fd: int) -> None:
+        manifest = _read_manifest(request, manifest_fd)
+        if self._build is None:
+            raise ControlError("worker: no model is being built")
+        self._build.provide(manifest)
+
+    def _build_moves(self) -> None:
+        self._build_moved.set()
+        self._build_moved = trio.Event()
+
+    async def _answer_built(self, request: wire.Message) -> None:
+        """At once when there is something to say, else after `patience_s`."""
+        build = self._build
+        if build is None:
+            self._reply(wire.failed(request, ControlError("worker: no model is being built")))
+            return
+        with trio.move_on_after(float(request.get("patience_s", 1.0))):
+            while not build.is_done and build.needs is None:
+                await self._build_moved.wait()
+        if build.error is not None:
+            self._reply(wire.failed(request, build.error))
+        elif build.tree is not None:
+            tree = Tree(build.tree)
+            tree_fd = wire.memfd("tree", build.tree)
+            summary = {"files": tree.files, "total_bytes": tree.total_bytes, "blobs": len(tree.blobs)}
+            try:
+                self._reply(wire.ok(request, summary=summary, **_report(build)), [tree_fd])
+            finally:
+                os.close(tree_fd)
+            self._build = None
+        else:
+            self._reply(wire.ok(request, needs=build.needs, **_report(build)))
 
     def _serve(self, request: wire.Message, fds: list[int]) -> None:
         fuse_fd, table_fd, tree_fd, area_fd, channel_fd = wire.exactly(fds, 5)
@@ -158,7 +195,9 @@ class Worker:
         tree = self._tree = Tree.from_fd(tree_fd)
         os.close(tree_fd)
         reader = self._reader = CachedReader(tree, area_fd, self, deadline_s)
-        backend = self._backend = backend_class(Namespace(tree), reader)
+        has_encoded = any(blob.encoding is not Encoding.IDENTITY for blob in tree.blobs)
+        content: ContentReader = DecodingReader(tree, area_fd, reader) if has_encoded else reader
+        backend = self._backend = backend_class(Namespace(tree), content)
         self._attach_fetcher(channel_fd)
         assert self._nursery is not None
         self._nursery.start_soon(
@@ -250,6 +289,30 @@ class Worker:
             wire.send(self._control, message, fds)
         except OSError as exc:
             log.warning("supervisor not reachable: %s", exc)
+
+
+def _read_manifest(request: wire.Message, manifest_fd: int) -> SentManifest:
+    try:
+        data = wire.read_all(manifest_fd, _MAX_MANIFEST_BYTES, "manifest")
+    finally:
+        os.close(manifest_fd)
+    return SentManifest(data, wire.field(request, "media_type", str))
+
+
+def _report(build: Build) -> dict[str, Any]:
+    """What people want to know of a build. At most as many layers as a message takes."""
+    layers = [
+        {"digest": str(digest), **dataclasses.asdict(progress)}
+        for digest, progress in list(build.layers.items())[:_MAX_REPORTED_LAYERS]
+    ]
+    return {
+        "layers": layers,
+        "more_layers": len(build.layers) - len(layers),
+        "done_bytes": sum(layer.done_bytes for layer in build.layers.values()),
+        "size_bytes": sum(layer.size_bytes for layer in build.layers.values()),
+        "seconds": time.monotonic() - build.started_at,
+        "chosen": build.chosen,
+    }
 
 
 def run(control_fd: int) -> int:

@@ -100,6 +100,12 @@ class CachedReader:
         self.counters["read_bytes"] += length
         return view
 
+    async def read_stored(self, blob: int, start: int, length: int) -> bytes:
+        """Bytes of a blob as the registry stores them. Raises: as `read`."""
+        await self._wait_for(blob, start, length)
+        view = await self._copy(blob, start, length)
+        return bytes(view if view is not None else await self._copy_without_cache(blob, start, length))
+
     def block_arrived(self, blob: int, block: int) -> None:
         """The fetcher says that the block is there."""
         if (blob, block) in self._lent:

@@ -6,7 +6,6 @@ the start to find the points; later reads decode only the units they touch.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,7 +14,7 @@ from csi.errors import ContentError, UnsupportedModelError
 
 UNIT_BYTES = 4 * 1024 * 1024
 """Decoded bytes from point to point, where the format leaves the choice: the most a small read costs."""
-MAX_UNIT_BYTES = 32 * 1024 * 1024
+MAX_UNIT_BYTES = 16 * 1024 * 1024
 """Units are decoded whole and kept in memory, so a format that cannot be entered for longer is spooled."""
 MAX_RATIO = 100
 _FREE_BYTES = 256 * 1024 * 1024
@@ -75,9 +74,16 @@ class Sink(Protocol):
     def __call__(self, data: memoryview, /) -> None: ...
 
 
-def unit_at(points: PointTable | Sequence[AccessPoint], offset: int, decoded_bytes: int, encoded_bytes: int) -> int:
-    """The number of the unit that decoded byte `offset` (below `decoded_bytes`) lies in."""
-    return bisect.bisect_right(points, offset, key=lambda point: point.decoded) - 1
+def unit_at(points: PointTable | Sequence[AccessPoint], offset: int) -> int:
+    """The number of the unit that decoded byte `offset` lies in."""
+    low, high = 0, len(points)
+    while low < high:
+        middle = (low + high) // 2
+        if points[middle].decoded <= offset:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
 
 
 def unit(points: PointTable | Sequence[AccessPoint], number: int, decoded_bytes: int, encoded_bytes: int) -> Unit:

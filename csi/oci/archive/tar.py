@@ -81,8 +81,9 @@ class _Extension:
 Scan = Generator[Range, "bytes | memoryview | None", MemberTable]
 
 
-def scan(what: str) -> Scan:
-    """The members of a tar stream; `what` names the layer in error messages.
+def scan(what: str, table: MemberTable | None = None) -> Scan:
+    """The members of a tar stream; `what` names the layer in error messages. They go into `table`, if there is one, as they
+    are found.
 
     Send for each `Range` its bytes: fewer at the end of the stream, none when the stream ends exactly at its offset,
     None when it ended before it. Ranges are of at most 1 MiB, most of 512 bytes, with rising offsets.
@@ -93,7 +94,7 @@ def scan(what: str) -> Scan:
     Raises: UnsupportedModelError (field `path` where there is a name) for an archive that is malformed, over a limit,
     or read differently by different programs; SizeMismatchError when the stream ends within it.
     """
-    table = MemberTable()
+    table = MemberTable() if table is None else table
     pending = _Extension()
     offset = names_bytes = extensions_bytes = 0
     while True:

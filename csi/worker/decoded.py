@@ -1,0 +1,152 @@
+"""Answers reads of files that lie in compressed layers; all others go on to the `CachedReader` as they are.
+
+A layer is decoded by units of a few MiB. The ones used last stay in memory, so that the many small reads of one place cost
+one decoding; the kernel's read-ahead asks for several at once, which are decoded side by side. A spooled layer is read from
+its spool like any file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from csi.errors import CacheError, ModelMountError
+from csi.oci.archive import gzip, points, zstd
+from csi.oci.archive.layer_index import Access, LayerIndex
+from csi.oci.archive.points import Unit
+from csi.oci.descriptor import Descriptor
+from csi.tree.file_format import Tree
+from csi.tree.model import Encoding, Entry
+from csi.worker.layers import load_index, open_spool
+from csi.worker.reader import CachedReader
+
+_KEPT_BYTES = 96 * 1024 * 1024
+"""Of decoded units: what 16 MiB of read-ahead need twice over, and the largest unit."""
+_LARGEST_READ = 16 * 1024 * 1024
+_DECODE_UNIT: dict[Encoding, Callable[[Unit, bytes, str], bytearray]] = {
+    Encoding.GZIP: gzip.decode_unit,
+    Encoding.ZSTD: zstd.decode_unit,
+}
+
+
+@dataclass(slots=True)
+class _Layer:
+    blob: int
+    encoding: Encoding
+    index: LayerIndex
+    spool_fd: int  # -1: decoded by units
+
+
+class DecodingReader:
+    """Implements `csi.fuse.port.ContentReader` around a `CachedReader`, whose counters it shares."""
+
+    def __init__(self, tree: Tree, area_fd: int, cached: CachedReader) -> None:
+        self._tree, self._area_fd, self._cached = tree, area_fd, cached
+        self._encoded = {position for position, blob in enumerate(tree.blobs) if blob.encoding is not Encoding.IDENTITY}
+        self._layers: dict[int, _Layer] = {}
+        self._opening = trio.Lock()
+        self._units: OrderedDict[tuple[int, int], bytearray] = OrderedDict()
+        self._kept_bytes = 0
+        self._decoding: dict[tuple[int, int], trio.Event] = {}
+        self._limit = trio.CapacityLimiter(max(1, len(os.sched_getaffinity(0))))
+
+    async def read(self, entry: Entry, offset: int, size: int) -> memoryview:
+        """See `ContentReader.read`."""
+        if entry.blob not in self._encoded:
+            return await self._cached.read(entry, offset, size)
+        length = min(size, entry.size_bytes - offset, _LARGEST_READ)
+        if length <= 0:
+            return memoryview(b"")
+        counters = self._cached.counters
+        counters["reads"] += 1
+        try:
+            layer = self._layers.get(entry.blob) or await self._open(entry.blob)
+            view = await self._read_layer(layer, entry.blob_offset + offset, length)
+        except ModelMountError:
+            counters["failed_reads"] += 1
+            raise
+        counters["read_bytes"] += length
+        return view
+
+    async def _read_layer(self, layer: _Layer, start: int, length: int) -> memoryview:
+        if layer.spool_fd >= 0:
+            return await trio.to_thread.run_sync(_read_spool, layer.spool_fd, start, length)
+        index = layer.index
+        number = points.unit_at(index.points, start)
+        unit = self._unit(layer, number)
+        content = await self._content(layer, number, unit)
+        at = start - unit.point.decoded
+        if at + length <= unit.length:
+            return memoryview(content)[at : at + length]
+        whole = bytearray(memoryview(content)[at:])
+        while len(whole) < length:
+            number += 1
+            unit = self._unit(layer, number)
+            content = await self._content(layer, number, unit)
+            whole += memoryview(content)[: length - len(whole)]
+        return memoryview(whole)
+
+    def _unit(self, layer: _Layer, number: int) -> Unit:
+        index = layer.index
+        return points.unit(index.points, number, index.decoded_bytes, index.encoded_bytes)
+
+    async def _content(self, layer: _Layer, number: int, unit: Unit) -> bytearray:
+        key = (layer.blob, number)
+        while key in self._decoding:
+            await self._decoding[key].wait()
+        if (kept := self._units.get(key)) is not None:
+            self._units.move_to_end(key)
+            return kept
+        self._decoding[key] = trio.Event()
+        try:
+            encoded = await self._cached.read_stored(layer.blob, unit.start, unit.end - unit.start)
+            what = f"layer {self._tree.blobs[layer.blob].digest.short()}"
+            content = await trio.to_thread.run_sync(
+                _DECODE_UNIT[layer.encoding], unit, encoded, what, limiter=self._limit
+            )
+        finally:
+            self._decoding.pop(key).set()
+        self._units[key] = content
+        self._kept_bytes += len(content)
+        while self._kept_bytes > _KEPT_BYTES and len(self._units) > 1:
+            self._kept_bytes -= len(self._units.popitem(last=False)[1])
+        return content
+
+    async def _open(self, blob: int) -> _Layer:
+        async with self._opening:
+            if blob not in self._layers:
+                self._layers[blob] = await trio.to_thread.run_sync(self._load, blob)
+            return self._layers[blob]
+
+    def _load(self, blob: int) -> _Layer:
+        """Raises: CacheError when the layer's index is gone: only another publish makes it anew."""
+        spec = self._tree.blobs[blob]
+        descriptor = Descriptor("", spec.digest, spec.size_bytes)
+        index = load_index(self._area_fd, descriptor)
+        if index is None or index.access is Access.DIRECT or index.decoded_bytes != spec.decoded_bytes:
+            raise CacheError(
+                f"layer {spec.digest.short()}: its index is missing from the cache or damaged; unpublish the volume and "
+                "publish it again"
+            )
+        spool_fd = open_spool(self._area_fd, descriptor) if index.access is Access.SPOOL else -1
+        return _Layer(blob, spec.encoding, index, spool_fd)
+
+
+def _read_spool(fd: int, start: int, length: int) -> memoryview:
+    """In a thread: a page fault must not hold up the other readers."""
+    buffer = memoryview(mmap.mmap(-1, length))
+    done = 0
+    while done < length:
+        try:
+            count = os.preadv(fd, [buffer[done:]], start + done)
+        except OSError as exc:
+            raise CacheError(f"spool read failed: {exc.strerror}") from exc
+        if count == 0:
+            raise CacheError("a spool is shorter than its layer; unpublish the volume and publish it again")
+        done += count
+    return buffer

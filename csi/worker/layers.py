@@ -1,0 +1,302 @@
+"""Finds out what is in an archive layer, with as few bytes as its packing allows.
+
+    tar        headers by small ranges, hop by hop; nothing is kept but the index
+    tar+gzip   read once from the cache while it is being filled; the index has the places to start in the middle
+    tar+zstd   the same, where its frames are small enough to be entered; else decoded once into a spool file
+
+What was found is kept as an index beside the blob, and used without reading the layer when it is there.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from csi.cache import format as fmt
+from csi.cache.blob import BlobReader
+from csi.cache.format import BlobState
+from csi.errors import CacheError, ContentError
+from csi.oci.archive import layer_index, tar
+from csi.oci.archive.gzip import GzipDecoder
+from csi.oci.archive.layer_index import Access, LayerIndex
+from csi.oci.archive.points import MAX_UNIT_BYTES, Decoder, check_ratio
+from csi.oci.archive.table import MemberTable
+from csi.oci.archive.zstd import ZstdDecoder
+from csi.oci.descriptor import Descriptor
+from csi.oci.formats.plan import Packing
+from csi.stream import blocks
+from csi.worker.build_channel import BuildChannel
+
+_FIRST_WINDOW_BYTES = 64 * 1024
+_LARGEST_WINDOW_BYTES = 1024 * 1024
+_AHEAD_BLOCKS = 8
+_DECODERS: dict[Packing, Callable[[str], Decoder]] = {Packing.TAR_GZIP: GzipDecoder, Packing.TAR_ZSTD: ZstdDecoder}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """A layer to be looked into. `blob` is its position in what the build channel fetches, -1 when it is not among them
+    (then its headers are read by ranges).
+    """
+
+    descriptor: Descriptor
+    packing: Packing
+    blob: int
+    what: str
+
+
+class LayerScanner:
+    """`on_bytes(layer, done)` hears how many of the blob's bytes have been worked through."""
+
+    def __init__(self, area_fd: int, channel: BuildChannel, on_bytes: Callable[[LayerFacts, int], None]) -> None:
+        self._area_fd, self._channel, self._on_bytes = area_fd, channel, on_bytes
+
+    def scan(self, layer: LayerFacts) -> LayerIndex:
+        """The layer's index, kept from now on. Raises: what `tar.scan`, the decoders and the registry raise."""
+        found = self._scan_tar(layer) if layer.packing is Packing.TAR else self._scan_compressed(layer)
+        if found.access is not Access.SPOOL:
+            self._channel.keep_index(layer.descriptor, layer_index.dump(found), spooled=False)
+        self._on_bytes(layer, layer.descriptor.size_bytes)
+        return found
+
+    def first_member(self, layer: LayerFacts) -> str | None:
+        """The name of the first member, from the first bytes of the blob; None when they are no archive."""
+        prefix = self._channel.read_range(layer.descriptor, 0, min(_FIRST_WINDOW_BYTES, layer.descriptor.size_bytes))
+        table = MemberTable()
+        plain = bytearray()
+        try:
+            if decoder_class := _DECODERS.get(layer.packing):
+                decoder_class(layer.what).feed(prefix, plain.extend)
+            else:
+                plain += prefix
+            tar.drive(tar.scan(layer.what, table), lambda offset, length: bytes(plain[offset : offset + length]))
+        except ContentError:
+            pass  # cut off after the prefix, or no archive at all
+        return table[0].path if len(table) else None
+
+    def _scan_tar(self, layer: LayerFacts) -> LayerIndex:
+        size = layer.descriptor.size_bytes
+        cached = open_complete(self._area_fd, layer.descriptor)
+        if cached is not None:
+            members = tar.members_of(lambda at, length: read_cached(cached, at, length), size, layer.what)
+        else:
+            window = _Window(self._read_blocks(layer) if layer.blob >= 0 else self._read_range(layer), size)
+
+            def read(offset: int, length: int) -> bytes | memoryview:
+                self._on_bytes(layer, offset)
+                return window.read(offset, length)
+
+            members = tar.members_of(read, size, layer.what)
+        return LayerIndex(Access.DIRECT, size, size, members)
+
+    def _read_range(self, layer: LayerFacts) -> Callable[[int, int], bytes]:
+        return lambda offset, length: self._channel.read_range(layer.descriptor, offset, length)
+
+    def _read_blocks(self, layer: LayerFacts) -> Callable[[int, int], bytes]:
+        """Through the cache, where a block is only after it was verified."""
+
+        def read(offset: int, length: int) -> bytes:
+            for block in blocks.blocks_of(offset, length):
+                self._channel.await_block(layer.blob, block, 0)
+            reader = BlobReader.open(self._area_fd, layer.descriptor.digest, layer.descriptor.size_bytes)
+            try:
+                return read_cached(reader, offset, length)
+            finally:
+                reader.close()
+
+        return read
+
+    def _scan_compressed(self, layer: LayerFacts) -> LayerIndex:
+        """Once; a second time, from the cache then, when it turns out that it must be spooled."""
+        found = self._decode(layer, spool_fd=None)
+        if found is None:
+            spool_fd = self._channel.open_spool(layer.descriptor)
+            try:
+                found = self._decode(layer, spool_fd)
+            finally:
+                os.close(spool_fd)
+            assert found is not None
+        self._channel.await_verified(layer.blob)
+        if found.access is Access.SPOOL:
+            self._channel.keep_index(layer.descriptor, layer_index.dump(found), spooled=True)
+        return found
+
+    def _decode(self, layer: LayerFacts, spool_fd: int | None) -> LayerIndex | None:
+        """None when there are bytes that could only be reached by decoding too much each time."""
+        decoder = _DECODERS[layer.packing](layer.what)
+        size = layer.descriptor.size_bytes
+        stream = _TarStream(layer.what)
+
+        def sink(data: memoryview) -> None:
+            check_ratio(decoder.decoded_bytes, size, layer.what)
+            stream.feed(data)
+            if spool_fd is not None:
+                _write_all(spool_fd, data)
+
+        for data in self._whole_blob(layer):
+            decoder.feed(data, sink)
+            last = decoder.points[-1].decoded if decoder.points else 0
+            if spool_fd is None and decoder.decoded_bytes - last > MAX_UNIT_BYTES:
+                return None
+        decoder.finish()
+        members = stream.finish()
+        if spool_fd is not None:
+            return LayerIndex(Access.SPOOL, size, decoder.decoded_bytes, members)
+        points = [point for point in decoder.points if point.decoded < decoder.decoded_bytes]
+        if any(b.decoded - a.decoded > MAX_UNIT_BYTES for a, b in pairwise(points)):
+            return None
+        return LayerIndex(Access.POINTS, size, decoder.decoded_bytes, members, points)
+
+    def _whole_blob(self, layer: LayerFacts) -> Iterator[memoryview]:
+        size = layer.descriptor.size_bytes
+        reader: BlobReader | None = None
+        buffer = memoryview(bytearray(_LARGEST_WINDOW_BYTES))
+        for block in range(blocks.block_count(size)):
+            self._channel.await_block(layer.blob, block, _AHEAD_BLOCKS)
+            if reader is None:
+                reader = BlobReader.open(self._area_fd, layer.descriptor.digest, size)
+            at, end = block * blocks.BLOCK_BYTES, block * blocks.BLOCK_BYTES + blocks.block_length(size, block)
+            while at < end:
+                piece = buffer[: min(len(buffer), end - at)]
+                _read_into(reader, piece, at)
+                at += len(piece)
+                yield piece
+            self._on_bytes(layer, end)
+        if reader is not None:
+            reader.close()
+
+
+class _TarStream:
+    """Feeds decoded bytes to a tar scan as they come; only what it asks for is copied."""
+
+    def __init__(self, what: str) -> None:
+        self._scan: tar.Scan | None = tar.scan(what)
+        self._asked = next(self._scan)
+        self._position = 0
+        self._part = bytearray()
+        self._members = MemberTable()
+
+    def feed(self, data: memoryview) -> None:
+        """The next decoded bytes."""
+        start, end = self._position, self._position + len(data)
+        self._position = end
+        while self._scan is not None and self._asked.offset < end:
+            first = max(self._asked.offset + len(self._part), start) - start
+            wanted = self._asked.length - len(self._part)
+            self._part += data[first : first + wanted]
+            if len(self._part) < self._asked.length:
+                return
+            self._answer(bytes(self._part))
+
+    def finish(self) -> MemberTable:
+        """There are no more. Raises: SizeMismatchError when there should be."""
+        while self._scan is not None:
+            self._answer(None if self._asked.offset > self._position else bytes(self._part))
+        return self._members
+
+    def _answer(self, data: bytes | None) -> None:
+        assert self._scan is not None
+        self._part.clear()
+        try:
+            self._asked = self._scan.send(data)
+        except StopIteration as end:
+            self._members, self._scan = end.value, None
+
+
+class _Window:
+    """Reads ahead a little, more where headers lie close together: a registry answers 64 KiB and 1 MiB alike."""
+
+    def __init__(self, read: Callable[[int, int], bytes], size_bytes: int) -> None:
+        self._read, self._size = read, size_bytes
+        self._start, self._data = 0, b""
+        self._length = _FIRST_WINDOW_BYTES
+
+    def read(self, offset: int, length: int) -> memoryview:
+        at = offset - self._start
+        if not (at >= 0 and at + length <= len(self._data)):
+            near = 0 <= at < 2 * self._length and self._data
+            self._length = min(self._length * 2, _LARGEST_WINDOW_BYTES) if near else _FIRST_WINDOW_BYTES
+            self._start = offset
+            self._data = self._read(offset, min(max(length, self._length), self._size - offset))
+            at = 0
+        return memoryview(self._data)[at : at + length]
+
+
+def open_complete(area_fd: int, descriptor: Descriptor) -> BlobReader | None:
+    """The blob's cache when all of it is there and known to be right."""
+    try:
+        reader = BlobReader.open(area_fd, descriptor.digest, descriptor.size_bytes)
+    except CacheError:
+        return None
+    if reader.state is BlobState.VERIFIED:
+        return reader
+    reader.close()
+    return None
+
+
+def read_cached(reader: BlobReader, offset: int, length: int) -> bytes:
+    """Bytes that are in the cache. Raises: CacheError."""
+    data = bytearray(length)
+    _read_into(reader, memoryview(data), offset)
+    return bytes(data)
+
+
+def load_index(area_fd: int, descriptor: Descriptor) -> LayerIndex | None:
+    """The kept index of a layer, checked; None when there is none that can be used."""
+    try:
+        path = fmt.layer_index_path(descriptor.digest)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=area_fd)
+    except OSError:
+        return None
+    try:
+        data = mmap.mmap(fd, os.fstat(fd).st_size, prot=mmap.PROT_READ)
+        found = layer_index.load(memoryview(data), descriptor.size_bytes)
+    except (OSError, ValueError, ContentError):
+        return None
+    finally:
+        os.close(fd)
+    if found.access is Access.SPOOL:
+        try:
+            spool_fd = open_spool(area_fd, descriptor)
+        except CacheError:
+            return None
+        try:
+            if os.fstat(spool_fd).st_size != found.decoded_bytes:
+                return None
+        finally:
+            os.close(spool_fd)
+    return found
+
+
+def open_spool(area_fd: int, descriptor: Descriptor) -> int:
+    """The decoded form of a layer. Raises: CacheError."""
+    try:
+        path = fmt.spool_path(descriptor.digest)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=area_fd)
+    except OSError as exc:
+        raise CacheError(f"the spool of {descriptor.digest.short()} cannot be opened: {exc.strerror}") from exc
+
+
+def _read_into(reader: BlobReader, buffer: memoryview, offset: int) -> None:
+    while buffer:
+        wanted = min(len(buffer), blocks.SEGMENT_BYTES - offset % blocks.SEGMENT_BYTES)
+        try:
+            count = reader.read_into([buffer[:wanted]], offset)
+        except OSError as exc:
+            raise CacheError(f"cache read failed: {exc.strerror}") from exc
+        if count == 0:
+            raise CacheError("a cache segment is shorter than its blob")
+        buffer, offset = buffer[count:], offset + count
+
+
+def _write_all(fd: int, data: memoryview) -> None:
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    except OSError as exc:
+        raise CacheError(
+            f"a spool file cannot be written: {exc.strerror}; make room in the cache's file system"
+        ) from exc

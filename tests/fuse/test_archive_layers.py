@@ -1,0 +1,273 @@
+"""Models whose layers are archives: mounted through the real node, compared byte for byte with what was packed."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import mmap
+import os
+import random
+import signal
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from fakes.registry import FakeRegistry, Fault
+from support.node_process import NodeProcess
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+pytestmark = pytest.mark.fuse
+
+UNPACK = {"io.deis.oras.content.unpack": "true"}
+TITLE = "org.opencontainers.image.title"
+LAYER = "application/vnd.oci.image.layer.v1.tar"
+
+
+def weights(size: int, seed: int) -> bytes:
+    """Some of it compresses well, some not at all."""
+    rng = random.Random(seed)
+    piece = rng.randbytes(60_000) + bytes(rng.choices(range(50), k=120_000)) + bytes(40_000)
+    return (piece * (size // len(piece) + 1))[:size]
+
+
+FILES = {
+    "model/config.json": b'{"a": 1}',
+    "model/empty": b"",
+    "model/weights-1.safetensors": weights(21_000_000, 1),
+    "model/deep/er/weights-2.safetensors": weights(9_000_001, 2),
+    "model/" + "n" * 120: b"a long name",
+}
+
+
+def tar(files: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(content), 1_700_000_000
+            archive.addfile(info, io.BytesIO(content))
+        for name, target in (links or {}).items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            archive.addfile(info)
+    return out.getvalue()
+
+
+def frames(data: bytes, size: int) -> bytes:
+    return b"".join(zstd.compress(data[at : at + size]) for at in range(0, len(data), size))
+
+
+LINKS = {"model/latest": "weights-1.safetensors"}
+PLAIN = tar(FILES, LINKS)
+LAYERS = {
+    "tar": (LAYER, PLAIN),
+    "tar+gzip": (f"{LAYER}+gzip", gzip.compress(PLAIN, 3)),
+    "tar+zstd frames": (f"{LAYER}+zstd", frames(PLAIN, 700_000)),
+    "tar+zstd one frame": (f"{LAYER}+zstd", zstd.compress(PLAIN + tar({"model/huge": b""}, {}))),
+}
+
+
+IMAGE_CONFIG = json.dumps(
+    {"os": "linux", "architecture": "amd64", "rootfs": {"type": "layers", "diff_ids": []}}
+).encode()
+
+
+def push(registry: FakeRegistry, layers: list[tuple[str, bytes]], *, as_directory: bool = False) -> str:
+    """An image of these layers, or a directory as ORAS packs it. Returns a reference."""
+    annotations = {"annotations": {TITLE: "model", **UNPACK}} if as_directory else {}
+    config = b"{}" if as_directory else IMAGE_CONFIG
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": {
+            "mediaType": f"application/vnd.oci.{'empty' if as_directory else 'image.config'}.v1+json",
+            "digest": registry.add_blob(config),
+            "size": len(config),
+        },
+        "layers": [
+            {"mediaType": media_type, "digest": registry.add_blob(content), "size": len(content), **annotations}
+            for media_type, content in layers
+        ],
+    }
+    if as_directory:
+        manifest["artifactType"] = "application/vnd.unknown.artifact.v1"
+    digest = registry.add_manifest("team/packed", "v1", json.dumps(manifest).encode())
+    return f"{registry.host}/team/packed@{digest}"
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    with NodeProcess(tmp_path_factory.mktemp("node"), "--patience=1", "--read-deadline=20") as started:
+        yield started
+
+
+def publish(node: NodeProcess, reference: str, **changes: Any) -> Path:
+    """As kubelet: again for as long as it is not ready."""
+    target = node.target()
+    deadline = time.monotonic() + 60
+    while (error := failure(node, reference, target, **changes)) is not None:
+        if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > deadline:
+            raise error
+        assert "%" in error.details(), error.details()
+    return target
+
+
+def failure(node: NodeProcess, reference: str, target: Path, **changes: Any) -> Any:
+    try:
+        node.publish(reference, target, **changes)
+    except grpc.RpcError as error:
+        return error
+    return None
+
+
+def check(target: Path) -> None:
+    found = {
+        str(path.relative_to(target)): path.read_bytes()
+        for path in sorted(target.rglob("*"))
+        if path.is_file() and not path.is_symlink()
+    }
+    assert {name: hashlib.sha256(content).hexdigest() for name, content in found.items()} == {
+        name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()
+    }
+    assert os.readlink(target / "model/latest") == "weights-1.safetensors"
+
+
+def layers_of(node: NodeProcess) -> list[str]:
+    (mount,) = node.status()
+    return [layer["mode"] for layer in mount["layers"]]
+
+
+@pytest.mark.parametrize(
+    ("packing", "mode"),
+    [("tar", "streamed"), ("tar+gzip", "indexed"), ("tar+zstd frames", "indexed"), ("tar+zstd one frame", "spooled")],
+)
+def test_every_packing_shows_the_bytes_that_were_packed(
+    node: NodeProcess, fake_registry: FakeRegistry, packing: str, mode: str
+) -> None:
+    target = publish(node, push(fake_registry, [LAYERS[packing]]))
+    try:
+        assert layers_of(node) == [mode]
+        check(target)
+        content = FILES["model/weights-1.safetensors"]
+        rng = random.Random(5)
+        with open(target / "model/weights-1.safetensors", "rb", buffering=0) as file:
+            for _ in range(60):
+                at, length = rng.randrange(len(content)), rng.randrange(1, 300_000)
+                assert os.pread(file.fileno(), length, at) == content[at : at + length]
+            with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+                assert hashlib.sha256(mapped).digest() == hashlib.sha256(content).digest()
+    finally:
+        node.unpublish(target)
+
+
+def test_a_directory_packed_by_oras(node: NodeProcess, fake_registry: FakeRegistry) -> None:
+    target = publish(node, push(fake_registry, [LAYERS["tar+gzip"]], as_directory=True))
+    try:
+        check(target)
+    finally:
+        node.unpublish(target)
+
+
+def test_the_next_mount_does_not_read_the_layers_again(node: NodeProcess, fake_registry: FakeRegistry) -> None:
+    reference = push(fake_registry, [LAYERS["tar+gzip"]])
+    node.unpublish(publish(node, reference))
+    fake_registry.seen.clear()
+    target = publish(node, reference)
+    try:
+        check(target)
+        assert not fake_registry.requests("/blobs/")
+    finally:
+        node.unpublish(target)
+
+
+@pytest.mark.parametrize("packing", ["tar+gzip", "tar+zstd one frame"])
+def test_a_worker_that_dies_in_mid_read_of_a_compressed_layer(
+    node: NodeProcess, fake_registry: FakeRegistry, packing: str
+) -> None:
+    target = publish(node, push(fake_registry, [LAYERS[packing]]))
+    try:
+        with open(target / "model/weights-1.safetensors", "rb", buffering=0) as file:
+            got = bytearray()
+            while piece := file.read(1_000_000):
+                got += piece
+                if len(got) in (3_000_000, 12_000_000):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    os.kill(node.status()[0]["worker_pid"], signal.SIGKILL)
+        assert bytes(got) == FILES["model/weights-1.safetensors"]
+        assert node.status()[0]["worker_restarts"] >= 1
+    finally:
+        node.unpublish(target)
+
+
+def spools(node: NodeProcess) -> set[Path]:
+    return {path for path in node.data_dir.rglob("decoded*") if path.is_file()}
+
+
+BOMB = gzip.compress(bytes(600 << 20), 9)
+BAD = {
+    "cut gzip": (f"{LAYER}+gzip", LAYERS["tar+gzip"][1][:-100_000], grpc.StatusCode.DATA_LOSS, "too early"),
+    "cut zstd": (f"{LAYER}+zstd", LAYERS["tar+zstd one frame"][1][:-9000], grpc.StatusCode.DATA_LOSS, "too early"),
+    "no gzip": (f"{LAYER}+gzip", b"hello" * 9000, grpc.StatusCode.DATA_LOSS, "cannot be decompressed"),
+    "cut tar": (LAYER, PLAIN[:9_000_000], grpc.StatusCode.DATA_LOSS, "cut short"),
+    "cut tar in gzip": (f"{LAYER}+gzip", gzip.compress(PLAIN[:9_000_000]), grpc.StatusCode.DATA_LOSS, "cut short"),
+    "bomb": (f"{LAYER}+gzip", BOMB, grpc.StatusCode.FAILED_PRECONDITION, "expand"),
+    "escape": (LAYER, tar({"model/../../x": b"x"}), grpc.StatusCode.FAILED_PRECONDITION, "\\.\\."),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_archives_are_refused_and_nothing_is_left(
+    node: NodeProcess, fake_registry: FakeRegistry, case: str
+) -> None:
+    media_type, content, code, words = BAD[case]
+    reference = push(fake_registry, [(media_type, content)])
+    before = spools(node)
+    with pytest.raises(grpc.RpcError, match=words) as refused:
+        publish(node, reference)
+    assert refused.value.code() is code, refused.value.details()
+    assert node.status() == []
+    assert spools(node) == before
+
+
+def test_bytes_that_are_not_the_layer_are_refused(node: NodeProcess, fake_registry: FakeRegistry) -> None:
+    reference = push(fake_registry, [LAYERS["tar+gzip"]])
+    fake_registry.faults.append(Fault(match="/blobs/", times=10**6, flip_at=2_000_000))
+    try:
+        with pytest.raises(grpc.RpcError) as refused:
+            publish(node, reference)
+        assert refused.value.code() is grpc.StatusCode.DATA_LOSS, refused.value.details()
+        assert node.status() == []
+    finally:
+        fake_registry.faults.clear()
+
+
+def test_a_slow_registry_answers_with_progress_and_is_joined(node: NodeProcess, fake_registry: FakeRegistry) -> None:
+    reference = push(fake_registry, [(f"{LAYER}+gzip", gzip.compress(tar({"model/w": weights(60_000_000, 9)}), 1))])
+    fake_registry.faults.append(Fault(match="/blobs/", times=10**6, stall_s=1.5))
+    target, details, modes = node.target(), [], []
+    while (error := failure(node, reference, target)) is not None:
+        assert error.code() is grpc.StatusCode.UNAVAILABLE, error.details()
+        details.append(error.details())
+        (mount,) = node.status()
+        modes += [layer["mode"] for layer in mount["layers"]]
+        assert len(details) < 60
+    try:
+        assert "indexing" in modes
+        assert any("MB/s" in text and "%" in text for text in details), details
+        assert (target / "model/w").stat().st_size == 60_000_000
+        ranges = [(seen.path, seen.range) for seen in fake_registry.requests("/blobs/")]
+        assert len(ranges) == len(set(ranges))  # joined, not begun again
+    finally:
+        fake_registry.faults.clear()
+        node.unpublish(target)
