@@ -31,16 +31,17 @@ def name_of(layer: Descriptor) -> str | None:
     """The layer's file name as its packer wrote it, unchecked: `org.cncf.model.filepath`, else `org.cnai.model.filepath`,
     else the name in its file metadata, else `org.opencontainers.image.title`. None where there is none of them.
     """
-    named = (layer.annotations.get(key) for key in _FILEPATHS)
-    for name in (*named, metadata_of(layer).get("name"), layer.annotations.get(TITLE)):
-        if name and isinstance(name, str):
+    for key in _FILEPATHS:
+        if name := layer.annotations.get(key):
             return name
-    return None
+    name = metadata_of(layer).get("name")
+    return name if name and isinstance(name, str) else layer.annotations.get(TITLE) or None
 
 
 def contradiction(layer: Descriptor, what: str) -> str | None:
     """A warning for a layer that other programs show under another name than we do."""
-    title, name = layer.annotations.get(TITLE), name_of(layer)
+    title = layer.annotations.get(TITLE)
+    name = name_of(layer) if title else None
     if not title or not name or title == name:
         return None
     return f"{what}: named {name[:200]!r} here, and {title[:200]!r} by programs that look at {TITLE}"
