@@ -88,7 +88,7 @@ class ModelNotFoundError(RegistryError):
 
 
 class RegistryAuthError(RegistryError):
-    """The registry wants (other) credentials. Fields: `status` 401 or 403."""
+    """The registry wants (other) credentials. Fields: `status` 401 or 403; `anonymous` when there were none."""
 
 
 class RegistryUnavailableError(RegistryError):

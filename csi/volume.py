@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +26,7 @@ REFERENCE_ALIASES = ("model.csi.modelpack.org/reference", "modelRef", "image")
 
 _KUBERNETES_PREFIXES = ("csi.storage.k8s.io/", "storage.kubernetes.io/")
 SHARED_DOMAIN = "shared"
+_NAMESPACE = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")  # RFC 1123 label
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
@@ -130,11 +132,35 @@ class MountKey:
         return hashlib.sha256(json.dumps(key, separators=(",", ":")).encode()).hexdigest()[:32]
 
 
-def mount_key(reference: Reference, digest: Digest, verify: Verify, view: View = WHOLE_MODEL) -> MountKey:
+class Sharing(StrEnum):
+    """Who shares a node's cache and mounts: everybody who may pull the model, or the pods of one namespace."""
+
+    SHARED = "shared"
+    ISOLATED = "isolated"
+
+
+def isolated_domain(namespace: str) -> str:
+    """The trust domain of one Kubernetes namespace. Raises: InvalidVolumeError for what is no namespace's name."""
+    if not _NAMESPACE.fullmatch(namespace):
+        raise InvalidVolumeError(
+            "this node keeps namespaces apart (--sharing=isolated), and the call does not say which one the pod is in; "
+            "the CSIDriver object needs podInfoOnMount: true",
+            field="volume_context",
+        )
+    return f"namespace-{namespace}"
+
+
+def mount_key(
+    reference: Reference,
+    digest: Digest,
+    verify: Verify,
+    view: View = WHOLE_MODEL,
+    domain: str = SHARED_DOMAIN,
+) -> MountKey:
     """The key of the mount that serves that view of `digest` from there. A layout directory stays part of it: what lies there is for
     the volumes that may name it. So does the origin with `eager`, where nothing shows that a second registry has the
     model too (see `csi.fetcher.possession`).
     """
     shared = verify is Verify.CHUNK and not reference.is_layout
     origin = None if shared else reference.origin
-    return MountKey(domain=SHARED_DOMAIN, digest=digest, verify=verify, origin=origin, view=view)
+    return MountKey(domain=domain, digest=digest, verify=verify, origin=origin, view=view)

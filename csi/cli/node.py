@@ -46,6 +46,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--kubelet-endpoint", metavar="PATH", help="the CSI socket as kubelet sees it, where that is another path"
     )
+    parser.add_argument(
+        "--sharing",
+        default="shared",
+        choices=["shared", "isolated"],
+        help="who shares the cache and the mounts: all pods that may pull a model (default), or those of one namespace",
+    )
     parser.add_argument("--all-in-one", action="store_true", help="run keeper and supervisor as children")
     parser.add_argument(
         "--target-root", action="append", metavar="DIR", help="with --all-in-one: see 'modelmount keeper --help'"
@@ -80,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from importlib.metadata import version
 
     from csi.driver.server import NodeSettings, serve
+    from csi.volume import Sharing
 
     provisioner = None
     if args.with_controller:
@@ -96,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
                 version=version("modelmount"),
                 registration_dir=args.registration_dir,
                 kubelet_endpoint=args.kubelet_endpoint,
+                sharing=Sharing(args.sharing),
             ),
             provisioner,
         )

@@ -122,6 +122,7 @@ def run_tree(args: argparse.Namespace) -> int:
                 f"--data-dir={args.data_dir}",
                 f"--endpoint={args.endpoint}",
                 f"--node-id={args.node_id}",
+                f"--sharing={args.sharing}",
                 *([f"--registration-dir={args.registration_dir}"] if args.registration_dir else ["--no-registration"]),
                 *([f"--kubelet-endpoint={args.kubelet_endpoint}"] if args.kubelet_endpoint else []),
                 *(["--with-controller"] if args.with_controller else []),

@@ -56,6 +56,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--read-deadline", type=float, default=120.0, metavar="S", help="how long a read waits (default 120 s)"
     )
     group.add_argument(
+        "--access-life",
+        type=float,
+        default=24.0,
+        metavar="H",
+        help="how long a pod that could pull a cached model may have it while its registry is down (default 24 hours)",
+    )
+    group.add_argument(
         "--read-ahead-kb", type=int, default=16384, metavar="KIB", help="the kernel's read-ahead (default 16384)"
     )
     group.add_argument(
@@ -76,6 +83,7 @@ def flags_of(args: argparse.Namespace) -> list[str]:
         f"--fetch-threads={args.fetch_threads}",
         f"--patience={args.patience}",
         f"--read-deadline={args.read_deadline}",
+        f"--access-life={args.access_life}",
         f"--read-ahead-kb={args.read_ahead_kb}",
         f"--fuse-backend={args.fuse_backend}",
         f"--spares={args.spares}",
@@ -104,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         fetch_threads=args.fetch_threads,
         patience_s=args.patience,
         read_deadline_s=args.read_deadline,
+        access_life_s=args.access_life * 3600,
         spares=args.spares,
         worker_uid=WORKER_UID if is_root else None,
         fetcher_uid=FETCHER_UID if is_root else None,

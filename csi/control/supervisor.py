@@ -12,7 +12,7 @@ from csi.errors import ControlError
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
 from csi.oci.view import View
-from csi.volume import Prefetch, Verify
+from csi.volume import SHARED_DOMAIN, Prefetch, Verify
 
 SOCKET_NAME = "supervisor.sock"
 _ENSURE_TIMEOUT_S = 100.0  # below kubelet's two minutes; the work goes on, and the next call joins it
@@ -54,6 +54,8 @@ class SupervisorClient:
         prefetch: Prefetch,
         view: View,
         credentials: dict[str, str] | None,
+        domain: str = SHARED_DOMAIN,
+        service_account: str = "",
     ) -> LeasedMount:
         """The mount of that model, made or joined, with a lease for `target_path`. `verify` None: the best the model
         allows.
@@ -69,6 +71,8 @@ class SupervisorClient:
             prefetch=str(prefetch),
             view=view.texts,
             credentials=credentials,
+            domain=domain,
+            service_account=service_account,
         )
         return _leased(fields)
 

@@ -9,6 +9,7 @@ mounted file system or a registry.
     IntegrityFailure     DATA_LOSS     bytes do not have their digest; reads of them fail
     RegistryUnreachable  DEGRADED      what is not in the cache cannot be read now
     CredentialsExpired   DEGRADED      the registry refuses the volume's credentials; what is cached is still read
+    AccessRefused        DEGRADED      a republish found that the pod may not pull this model any more
     ModelGone            DEGRADED      the registry does not have the model any more
     CacheFailure         DEGRADED      the node's cache disk is full or broken
     FetchFailing         DEGRADED      anything else that keeps bytes from coming
@@ -56,8 +57,8 @@ _FETCH_REASONS = {
 }
 
 
-def troubles_of(mount: Mapping[str, Any] | None) -> list[Trouble]:
-    """From the supervisor's status of the volume's mount; None when it knows none."""
+def troubles_of(mount: Mapping[str, Any] | None, target_path: str) -> list[Trouble]:
+    """From the supervisor's status of the mount shown at `target_path`; None when it knows none."""
     if mount is None or mount.get("dead"):
         return [
             Trouble(
@@ -67,7 +68,7 @@ def troubles_of(mount: Mapping[str, Any] | None) -> list[Trouble]:
                 "itself within about a minute; a running container sees it after its own restart",
             )
         ]
-    found = [*_worker(mount), *_content(mount), *_fetching(mount)]
+    found = [*_worker(mount), *_content(mount), *_fetching(mount), *_access(mount, target_path)]
     return list({trouble.reason: trouble for trouble in reversed(found)}.values())[::-1]
 
 
@@ -116,6 +117,11 @@ def _fetching(mount: Mapping[str, Any]) -> list[Trouble]:
     reason = _FETCH_REASONS.get(str(progress.get("last_error_kind")), "FetchFailing")
     severity = Severity.DATA_LOSS if reason == "IntegrityFailure" else Severity.DEGRADED
     return [Trouble(severity, reason, str(text)[:_MAX_MESSAGE])]
+
+
+def _access(mount: Mapping[str, Any], target_path: str) -> list[Trouble]:
+    refused = (mount.get("refused") or {}).get(target_path)
+    return [Trouble(Severity.DEGRADED, "AccessRefused", str(refused)[:_MAX_MESSAGE])] if refused else []
 
 
 def _blobs(mount: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

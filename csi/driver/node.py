@@ -15,15 +15,18 @@ from csi.driver.credentials import credentials_of
 from csi.driver.handlers import ToTheEnd, required_id, required_path, rpc
 from csi.driver.publisher import Publisher, PublishRequest
 from csi.errors import InvalidVolumeError, VolumeNotFoundError
-from csi.volume import parse_attributes
+from csi.volume import SHARED_DOMAIN, Sharing, isolated_domain, parse_attributes
 from csi.wire import csi_pb2, csi_pb2_grpc
+
+_POD_NAMESPACE = "csi.storage.k8s.io/pod.namespace"
 
 
 class NodeService(csi_pb2_grpc.NodeServicer):
     """Stage and expand RPCs are not offered: the generated base class answers UNIMPLEMENTED."""
 
-    def __init__(self, node_id: str, publisher: Publisher) -> None:
+    def __init__(self, node_id: str, publisher: Publisher, sharing: Sharing = Sharing.SHARED) -> None:
         self._node_id = node_id
+        self._sharing = sharing
         self._publisher = publisher
         self._work = ToTheEnd()
 
@@ -31,7 +34,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     async def NodePublishVolume(
         self, request: csi_pb2.NodePublishVolumeRequest, context: grpc.aio.ServicerContext
     ) -> csi_pb2.NodePublishVolumeResponse:
-        await self._work.run(self._publisher.publish(parse_publish(request)))
+        await self._work.run(self._publisher.publish(parse_publish(request, self._sharing)))
         return csi_pb2.NodePublishVolumeResponse()
 
     @rpc
@@ -127,7 +130,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         return csi_pb2.NodeGetInfoResponse(node_id=self._node_id)
 
 
-def parse_publish(request: csi_pb2.NodePublishVolumeRequest) -> PublishRequest:
+def parse_publish(request: csi_pb2.NodePublishVolumeRequest, sharing: Sharing = Sharing.SHARED) -> PublishRequest:
     """Raises: InvalidVolumeError naming the field."""
     volume_id = required_id(request.volume_id, "volume_id")
     target_path = required_path(request.target_path, "target_path")
@@ -141,7 +144,15 @@ def parse_publish(request: csi_pb2.NodePublishVolumeRequest) -> PublishRequest:
         attributes=attributes,
         arguments=_fingerprint(request),
         credentials=credentials_of(request.secrets),
+        domain=_domain(request, sharing),
     )
+
+
+def _domain(request: csi_pb2.NodePublishVolumeRequest, sharing: Sharing) -> str:
+    """The pod's namespace is kubelet's word, not the pod author's: it overwrites these keys. Raises: InvalidVolumeError."""
+    if sharing is Sharing.SHARED:
+        return SHARED_DOMAIN
+    return isolated_domain(request.volume_context.get(_POD_NAMESPACE, ""))
 
 
 def _fingerprint(request: csi_pb2.NodePublishVolumeRequest) -> str:

@@ -23,7 +23,7 @@ from csi.driver.health import Trouble, node_troubles, supervisor_unreachable, tr
 from csi.driver.locks import NamedLocks
 from csi.driver.records import Pins, Publication, Publications
 from csi.errors import ControlError, ModelMountError, VolumeConflictError
-from csi.volume import VolumeAttributes
+from csi.volume import SHARED_DOMAIN, VolumeAttributes
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +32,18 @@ _UNPUBLISH_PATIENCE_S = 10.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishRequest:
-    """One volume to show at one path. `arguments`: see `Publication.arguments`; secrets are not part of it."""
+    """One volume to show at one path. `arguments`: see `Publication.arguments`; secrets are not part of it.
+
+    `service_account` is `namespace/name` when a token of it is among the credentials, else empty.
+    """
 
     volume_id: str
     target_path: str
     attributes: VolumeAttributes
     arguments: str
     credentials: dict[str, str] | None = field(default=None, repr=False)
+    domain: str = SHARED_DOMAIN
+    service_account: str = ""
 
 
 class Publisher:
@@ -119,8 +124,8 @@ class Publisher:
         except ControlError as exc:
             return [supervisor_unreachable(exc)]
         if not mounts or not _shows(target_path, publication.device):
-            return troubles_of(None)
-        return troubles_of(mounts[0])
+            return troubles_of(None, target_path)
+        return troubles_of(mounts[0], target_path)
 
     async def node_troubles(self) -> list[Trouble]:
         """What is wrong with this node as a whole."""
@@ -163,6 +168,8 @@ class Publisher:
             prefetch=request.attributes.prefetch,
             view=request.attributes.view,
             credentials=request.credentials,
+            domain=request.domain,
+            service_account=request.service_account,
         )
 
     def _record(self, request: PublishRequest, mount: LeasedMount) -> Publication:

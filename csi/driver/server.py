@@ -24,6 +24,7 @@ from csi.driver.records import Pins, Publications
 from csi.driver.registration import Registration
 from csi.driver.sockets import clear_socket, endpoint_path
 from csi.errors import ControlError
+from csi.volume import Sharing
 from csi.wire import csi_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class NodeSettings:
     version: str
     registration_dir: str | None = None
     kubelet_endpoint: str | None = None
+    sharing: Sharing = Sharing.SHARED
 
 
 def open_publisher(state_dir: str, data_dir: str) -> Publisher:
@@ -72,7 +74,7 @@ async def serve(settings: NodeSettings, provisioner: Provisioner | None = None) 
         settings.version, recovered.is_set, lambda: keeper.problem, with_controller=provisioner is not None
     )
     csi_pb2_grpc.add_IdentityServicer_to_server(identity, server)
-    csi_pb2_grpc.add_NodeServicer_to_server(NodeService(settings.node_id, publisher), server)
+    csi_pb2_grpc.add_NodeServicer_to_server(NodeService(settings.node_id, publisher, settings.sharing), server)
     if provisioner is not None:
         csi_pb2_grpc.add_ControllerServicer_to_server(ControllerService(provisioner), server)
     await _listen(server, path)

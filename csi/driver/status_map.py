@@ -38,7 +38,10 @@ _CODE: dict[type[errors.ModelMountError], grpc.StatusCode] = {
 
 def status_of(error: errors.ModelMountError) -> grpc.StatusCode:
     """The code for an error. Raises: KeyError for a class without an entry (a bug a test finds)."""
-    if isinstance(error, errors.RegistryAuthError) and error.fields.get("status") == 403:
+    # Whoever came without credentials has none that could be wrong.
+    if isinstance(error, errors.RegistryAuthError) and (
+        error.fields.get("status") == 403 or "anonymous" in error.fields
+    ):
         return grpc.StatusCode.PERMISSION_DENIED
     if isinstance(error, errors.MountError) and "target_path" in error.fields and "errno" not in error.fields:
         # The target is occupied: nothing broke, somebody must look at that directory.

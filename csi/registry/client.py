@@ -337,7 +337,11 @@ def _status_error(response: Response, subject: str, *, has_credentials: bool) ->
             if has_credentials
             else "it needs credentials: set nodePublishSecretRef (or --username)"
         )
-        return RegistryAuthError(f"{subject}: the registry answered {status}{said}; {hint}", status=status)
+        return RegistryAuthError(
+            f"{subject}: the registry answered {status}{said}; {hint}",
+            status=status,
+            anonymous=None if has_credentials else 1,
+        )
     if status in (408, 425, 429) or status >= 500:
         retry_after = parse_retry_after(response.headers.get("Retry-After", ""), time.time())
         return RegistryUnavailableError(

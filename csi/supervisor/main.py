@@ -123,6 +123,8 @@ async def _handle(supervisor: Supervisor, request: wire.Message) -> tuple[dict[s
                     prefetch=Prefetch(wire.field(request, "prefetch", str)),
                     view=View.parse(wire.field(request, "view", dict)),
                     credentials=parse_credentials(request.get("credentials")),
+                    domain=wire.field(request, "domain", str),
+                    service_account=wire.field(request, "service_account", str),
                 )
             )
             return await asyncio.shield(work), []

@@ -51,6 +51,9 @@ class Lease:
     volume_id: str
     reference: Reference
     credentials: Credentials = field(default=None, repr=False)
+    service_account: str = ""
+    refused: str | None = None
+    """What the registry said when it was last asked whether these credentials may still read the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +256,7 @@ class Mount:
             "total_bytes": self.summary.get("total_bytes", 0),
             "volumes": sorted({lease.volume_id for lease in self.leases.values()}),
             "targets": sorted(self.leases),
+            "refused": {path: lease.refused for path, lease in self.leases.items() if lease.refused},
             "worker_alive": self._worker is not None and self._worker.alive,
             "fetcher_alive": self._fetcher is not None and self._fetcher.alive,
             "worker_pid": self._worker.pid if self._worker else None,

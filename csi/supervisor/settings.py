@@ -28,6 +28,8 @@ class SupervisorSettings:
     patience_s: float = 10.0
     """How long a publish waits for a model that must be read or checked first, before its caller hears how far it is."""
     read_deadline_s: float = 120.0
+    access_life_s: float = 24 * 3600.0
+    """How long a caller that could read a model may have it while its registry cannot be asked."""
     spares: int = 1
     worker_uid: int | None = None
     fetcher_uid: int | None = None

@@ -7,6 +7,7 @@ its return it says which leases it still has (`reconcile`), and the rest end.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import time
@@ -18,21 +19,27 @@ from csi.control.keeper import KeeperClient
 from csi.errors import (
     InvalidVolumeError,
     ModelMountError,
+    ModelNotFoundError,
     ModelPreparingError,
     OperationPendingError,
+    RegistryAuthError,
+    RegistryUnavailableError,
     UnsupportedModelError,
 )
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
 from csi.oci.view import View
+from csi.supervisor.access import AccessRecords, Caller, Model
 from csi.supervisor.child import ChildPool, Role
 from csi.supervisor.mount import Credentials, Lease, Mount, resolve
 from csi.supervisor.settings import SupervisorSettings
-from csi.volume import Prefetch, Verify, mount_key
+from csi.volume import SHARED_DOMAIN, Prefetch, Verify, mount_key
 
 log = logging.getLogger(__name__)
 
 _EAGER_POLL_S = 0.2
+_FRESH_S = 60.0  # a hundred pods that start at once are one question to the registry
+_ASK_AGAIN_S = 3600.0
 _UNWANTED_S = 600.0  # kubelet asks again at least every two minutes
 
 
@@ -50,6 +57,8 @@ class Supervisor:
             settings.spares,
         )
         self._mounts: dict[str, Mount] = {}
+        self._access = AccessRecords(os.path.join(settings.data_dir, "access"), settings.access_life_s)
+        self._asking: dict[int, asyncio.Task[None]] = {}
         self._expiries: dict[str, asyncio.Task[None]] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -68,6 +77,8 @@ class Supervisor:
         prefetch: Prefetch,
         view: View,
         credentials: Credentials,
+        domain: str = SHARED_DOMAIN,
+        service_account: str = "",
     ) -> dict[str, Any]:
         """The mount of that model, made or joined, leased for `target_path`.
 
@@ -79,23 +90,25 @@ class Supervisor:
         self._check_layout(reference)
         wanted = reference.with_digest(pinned) if pinned else reference
         # One at a time per reference: the first makes the mount, the others find it.
-        async with self._lock(str(wanted)):
-            mount = self._find(wanted, verify, view)
+        caller = _caller(credentials, service_account)
+        async with self._lock(f"{domain} {wanted}"):
+            mount = self._find(wanted, verify, view, domain)
             if mount is not None and mount.failure is not None:  # it failed while nobody waited
                 await self._end(mount)
                 raise mount.failure
             if mount is not None:
                 lease = mount.leases.get(target_path)
                 if lease is None or lease.credentials != credentials:
-                    await mount.access(wanted, credentials)
+                    await self._allow(mount, wanted, credentials, caller)
             else:
-                mount = await self._create(wanted, verify, prefetch, view, credentials)
+                mount = await self._create(wanted, verify, prefetch, view, credentials, domain)
+                self._access.grant(_model(mount, wanted), caller)
         if not mount.leases:
             await self._until_ready(mount, credentials)
         if mount.key.verify is Verify.EAGER and not mount.leases:
             await self._until_verified(mount)
-        async with self._lock(str(wanted)):
-            await mount.add_lease(target_path, Lease(volume_id, wanted, credentials))
+        async with self._lock(f"{domain} {wanted}"):
+            await mount.add_lease(target_path, Lease(volume_id, wanted, credentials, service_account))
             if prefetch is Prefetch.FULL:
                 await mount.fill()
         for other in list(self._mounts.values()):
@@ -104,11 +117,20 @@ class Supervisor:
         return self._describe(mount)
 
     async def renew(self, target_path: str, credentials: Credentials) -> dict[str, Any] | None:
-        """Republish: newer credentials, nothing else. None when there is no such lease or its mount is dead."""
+        """Republish: newer credentials, nothing else. None when there is no such lease or its mount is dead.
+
+        Whether they still give access is asked in the background, and a refusal is remembered in the lease: it is no
+        reason to take a live volume away.
+        """
         mount = self._leased(target_path)
         if mount is None or mount.dead:
             return None
+        lease = mount.leases[target_path]
+        changed = lease.credentials != credentials
         await mount.replace_credentials(target_path, credentials)
+        age_s = self._access.age_s(_model(mount, lease.reference), _caller(credentials, lease.service_account))
+        if changed or lease.refused or age_s is None or age_s > _ASK_AGAIN_S:
+            self._ask_in_background(mount, lease)
         return self._describe(mount)
 
     async def release(self, target_path: str) -> None:
@@ -131,11 +153,56 @@ class Supervisor:
 
     async def close(self) -> None:
         """End every mount and child. For the one-process-tree mode and tests: in a cluster mounts outlive us."""
-        for expiry in self._expiries.values():
-            expiry.cancel()
+        for task in (*self._expiries.values(), *self._asking.values()):
+            task.cancel()
         mounts, self._mounts = list(self._mounts.values()), {}
         await asyncio.gather(*(mount.close() for mount in mounts))
         await self._pool.close()
+
+    async def _allow(self, mount: Mount, wanted: Reference, credentials: Credentials, caller: Caller) -> None:
+        """Whether the caller may have the model that is here already: its registry decides, or while it is down the record
+        of its last word.
+
+        Raises: RegistryAuthError, ModelNotFoundError, DigestMismatchError; RegistryUnavailableError without a record.
+        """
+        model = _model(mount, wanted)
+        age_s = self._access.age_s(model, caller)
+        if age_s is not None and age_s < _FRESH_S:
+            return
+        try:
+            await mount.access(wanted, credentials)
+        except RegistryUnavailableError as exc:
+            if age_s is None:
+                raise
+            log.warning("%s: %s; this caller could read it %.0f minutes ago, so it may", wanted, exc, age_s / 60)
+            return
+        except (RegistryAuthError, ModelNotFoundError):
+            self._access.revoke(model, caller)
+            raise
+        self._access.grant(model, caller)
+
+    def _ask_in_background(self, mount: Mount, lease: Lease) -> None:
+        if id(lease) in self._asking:
+            return
+        task = asyncio.create_task(self._ask(mount, lease))
+        self._asking[id(lease)] = task
+        task.add_done_callback(lambda _: self._asking.pop(id(lease), None))
+
+    async def _ask(self, mount: Mount, lease: Lease) -> None:
+        """Whether a live volume's credentials still give access."""
+        model, caller = _model(mount, lease.reference), _caller(lease.credentials, lease.service_account)
+        try:
+            await mount.access(lease.reference, lease.credentials)
+        except (RegistryAuthError, ModelNotFoundError) as exc:
+            self._access.revoke(model, caller)
+            if lease.refused is None:
+                mount.event("AccessRefused", str(exc))
+            lease.refused = str(exc)
+        except ModelMountError as exc:
+            log.info("%s: cannot ask whether access holds: %s", lease.reference, exc)
+        else:
+            self._access.grant(model, caller)
+            lease.refused = None
 
     async def _until_ready(self, mount: Mount, credentials: Credentials) -> None:
         """Raises: ModelPreparingError with progress; what keeps the model from being mounted, and then it ends."""
@@ -195,7 +262,13 @@ class Supervisor:
         await asyncio.shield(asyncio.create_task(mount.close()))
 
     async def _create(
-        self, wanted: Reference, verify: Verify | None, prefetch: Prefetch, view: View, credentials: Credentials
+        self,
+        wanted: Reference,
+        verify: Verify | None,
+        prefetch: Prefetch,
+        view: View,
+        credentials: Credentials,
+        domain: str,
     ) -> Mount:
         fetcher = await self._pool.take("fetcher")
         try:
@@ -211,7 +284,7 @@ class Supervisor:
                     "need; push it again with 'modelmount push', or leave both out"
                 )
             promise = verify or (Verify.CHUNK if model.indexed else Verify.WHOLE)
-            key = mount_key(wanted, model.digest, promise, view)
+            key = mount_key(wanted, model.digest, promise, view, domain)
             async with self._lock(key.mount_id):
                 held = self._mounts.get(key.mount_id)
                 if (
@@ -237,11 +310,11 @@ class Supervisor:
         if not mount.leases:
             await self._end(mount)
 
-    def _find(self, wanted: Reference, verify: Verify | None, view: View) -> Mount | None:
+    def _find(self, wanted: Reference, verify: Verify | None, view: View, domain: str) -> Mount | None:
         if wanted.digest is None:
             return None
         for wish in (verify,) if verify else (Verify.CHUNK, Verify.WHOLE):
-            mount = self._mounts.get(mount_key(wanted, wanted.digest, wish, view).mount_id)
+            mount = self._mounts.get(mount_key(wanted, wanted.digest, wish, view, domain).mount_id)
             # Nobody gets `whole` by joining one when the model would give more.
             if mount is not None and not mount.dead and (verify or wish is Verify.CHUNK or not mount.indexed):
                 return mount
@@ -279,6 +352,14 @@ class Supervisor:
             "verify": str(mount.key.verify),
             **mount.summary,
         }
+
+
+def _caller(credentials: Credentials, service_account: str) -> Caller:
+    return Caller(json.dumps(credentials, sort_keys=True) if credentials else "", service_account)
+
+
+def _model(mount: Mount, reference: Reference) -> Model:
+    return Model(mount.key.domain, reference.origin, mount.key.digest)
 
 
 def parse_credentials(value: Mapping[str, Any] | None) -> Credentials:

@@ -193,7 +193,7 @@ def test_what_the_registry_says_becomes_the_code(
         private.add_model("team/model", "prod", FILES)
         parameters = {"reference": f"{private.host}/team/model:prod"}
         refused = refusal(lambda: files_controller.create(name_of(), parameters))
-        assert refused.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert refused.code() is grpc.StatusCode.PERMISSION_DENIED
         secrets = {"username": "user", "password": "secret-of-the-class"}
         assert files_controller.create(name_of(), parameters, secrets=secrets).volume_context
     assert "secret-of-the-class" not in files_controller.log_path.read_text()

@@ -221,15 +221,18 @@ def test_credentials_are_needed_checked_and_used(
     assert subprocess.run(push, capture_output=True).returncode == 1
     subprocess.run([*push, "--username", USERNAME, "--password-stdin"], input=PASSWORD, text=True, check=True)
     target = modelmount_node.target()
-    for secrets in (None, {"username": USERNAME, "password": "wrong"}):
+    for secrets, code in (
+        (None, grpc.StatusCode.PERMISSION_DENIED),
+        ({"username": USERNAME, "password": "wrong"}, grpc.StatusCode.UNAUTHENTICATED),
+    ):
         error = refusal(lambda secrets=secrets: modelmount_node.publish(reference, target, secrets=secrets))
-        assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert error.code() is code
         assert_untouched(modelmount_node, target)
     modelmount_node.publish(reference, target, secrets={"username": USERNAME, "password": PASSWORD})
     assert (target / "config.json").read_bytes() == FILES["config.json"]
     other = modelmount_node.target("other")
     error = refusal(lambda: modelmount_node.publish(reference, other, "vol-2"))
-    assert error.code() is grpc.StatusCode.UNAUTHENTICATED, "a mounted private model is not a free one"
+    assert error.code() is grpc.StatusCode.PERMISSION_DENIED, "a mounted private model is not a free one"
     assert PASSWORD not in modelmount_node.log_path.read_text()
 
 

@@ -25,7 +25,7 @@ def failing(kind: str, **progress: Any) -> dict[str, Any]:
 
 
 def reasons(status: dict[str, Any] | None) -> list[str]:
-    return [trouble.reason for trouble in troubles_of(status)]
+    return [trouble.reason for trouble in troubles_of(status, "/target")]
 
 
 def test_a_mount_that_is_well_has_no_entry() -> None:
@@ -43,6 +43,8 @@ def test_a_mount_that_is_well_has_no_entry() -> None:
         (failing("RegistryAuthError"), ["CredentialsExpired"]),
         (failing("ModelNotFoundError"), ["ModelGone"]),
         (failing("CacheError"), ["CacheFailure"]),
+        (mount(refused={"/target": "no"}), ["AccessRefused"]),
+        (mount(refused={"/other": "no"}), []),
         (failing("SomethingNew"), ["FetchFailing"]),
         (failing("RegistryUnavailableError", last_block_at=30.0), []),
         (failing("RegistryUnavailableError", blobs=[{"blocks": 4, "present_blocks": 4, "state": "verified"}]), []),
@@ -54,7 +56,7 @@ def test_causes_and_reasons(status: dict[str, Any] | None, expected: list[str]) 
 
 def test_wrong_bytes_are_one_entry_however_they_were_found() -> None:
     blobs = [{"digest": "sha256:ab", "blocks": 4, "present_blocks": 2, "state": "poisoned"}]
-    found = troubles_of(failing("DigestMismatchError", blobs=blobs))
+    found = troubles_of(failing("DigestMismatchError", blobs=blobs), "/target")
     assert [(trouble.reason, trouble.severity) for trouble in found] == [("IntegrityFailure", Severity.DATA_LOSS)]
 
 

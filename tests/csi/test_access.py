@@ -1,0 +1,113 @@
+"""A cached private model is given only to callers who could pull it; trust domains keep namespaces apart."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from fakes.registry import FakeRegistry, Fault
+from support.node_process import NodeProcess
+
+from csi.wire import csi_pb2
+
+pytestmark = pytest.mark.fuse
+
+FILES = {"config.json": b'{"a": 1}', "model.safetensors": os.urandom(3 * 1024 * 1024)}
+SECRET = {"username": "tenant-a", "password": "of-tenant-a"}
+NAMESPACE = "csi.storage.k8s.io/pod.namespace"
+
+
+@pytest.fixture
+def private() -> Iterator[FakeRegistry]:
+    with FakeRegistry(SECRET["username"], SECRET["password"]) as registry:
+        yield registry
+
+
+@pytest.fixture
+def reference(private: FakeRegistry) -> str:
+    return f"{private.host}/team/model@{private.add_model('team/model', 'v1', FILES)}"
+
+
+def refusal(call: Callable[[], object]) -> grpc.RpcError:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def reasons(node: NodeProcess, target: Path) -> set[str]:
+    request = csi_pb2.NodeGetVolumeHealthRequest(volume_id="vol-1", volume_publish_path=str(target))
+    return {one.reason for one in node.node.NodeGetVolumeHealth(request, timeout=10).volume_health.health_statuses}
+
+
+def test_namespace_b_without_a_secret_does_not_get_what_a_has_cached(
+    modelmount_node: NodeProcess, reference: str
+) -> None:
+    a, b = modelmount_node.target("a"), modelmount_node.target("b")
+    modelmount_node.publish(reference, a, "vol-a", secrets=SECRET, attributes={NAMESPACE: "a"})
+    assert (a / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    error = refusal(lambda: modelmount_node.publish(reference, b, "vol-b", attributes={NAMESPACE: "b"}))
+    assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert "nodePublishSecretRef" in error.details()
+    assert not b.exists()
+    wrong = {"username": "tenant-b", "password": "wrong"}
+    error = refusal(lambda: modelmount_node.publish(reference, b, "vol-b", secrets=wrong))
+    assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert not b.exists()
+    modelmount_node.unpublish(a, "vol-a")
+
+
+def test_while_the_registry_is_down_only_who_could_read_it_may(
+    modelmount_node: NodeProcess, private: FakeRegistry, reference: str
+) -> None:
+    first, again, stranger = (modelmount_node.target(name) for name in ("first", "again", "stranger"))
+    modelmount_node.publish(reference, first, "vol-1", secrets=SECRET)
+    private.faults.append(Fault(match="/manifests/", status=503, times=1_000_000))
+    modelmount_node.publish(reference, again, "vol-2", secrets=SECRET)
+    error = refusal(lambda: modelmount_node.publish(reference, stranger, "vol-3"))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    other = {"username": "b", "password": "b"}
+    error = refusal(lambda: modelmount_node.publish(reference, stranger, "vol-3", secrets=other))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    modelmount_node.unpublish(first, "vol-1")
+    modelmount_node.unpublish(again, "vol-2")
+
+
+def test_a_republish_that_may_not_read_any_more_is_ok_and_shows_as_health(
+    modelmount_node: NodeProcess, reference: str
+) -> None:
+    target = modelmount_node.target()
+    modelmount_node.publish(reference, target, secrets=SECRET)
+    eventually(lambda: not reasons(modelmount_node, target))
+    modelmount_node.publish(reference, target, secrets={"username": "tenant-a", "password": "revoked"})
+    eventually(lambda: "AccessRefused" in reasons(modelmount_node, target))
+    assert (target / "config.json").read_bytes() == FILES["config.json"]
+    modelmount_node.publish(reference, target, secrets=SECRET)
+    eventually(lambda: "AccessRefused" not in reasons(modelmount_node, target))
+    modelmount_node.unpublish(target)
+
+
+def test_isolated_namespaces_share_nothing(tmp_path: Path, private: FakeRegistry, reference: str) -> None:
+    with NodeProcess(tmp_path, "--sharing=isolated", "--spares=0") as node:
+        targets = {name: node.target(name) for name in ("a", "a2", "b")}
+        for number, (name, target) in enumerate(targets.items()):
+            attributes = {NAMESPACE: name[0]}
+            node.publish(reference, target, f"vol-{number}", secrets=SECRET, attributes=attributes)
+            assert (target / "config.json").read_bytes() == FILES["config.json"]
+        devices = {name: os.stat(target).st_dev for name, target in targets.items()}
+        assert devices["a"] == devices["a2"] != devices["b"]
+        error = refusal(lambda: node.publish(reference, node.target("none"), "vol-9", secrets=SECRET))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "podInfoOnMount" in error.details()
+        for number, target in enumerate(targets.values()):
+            node.unpublish(target, f"vol-{number}")
