@@ -8,7 +8,7 @@ import http.client
 import json
 from pathlib import Path
 
-from formats.artifacts import DOCKER, DOCKER_LIST, OCI, OCI_INDEX, Artifact, digest_of
+from formats.artifacts import OCI_INDEX, Artifact, digest_of
 
 
 def push(found: Artifact, host: str, repository: str, tag: str = "latest") -> str:
@@ -49,40 +49,6 @@ def _send(
     connection.request(method, path, body, headers)
     response = connection.getresponse()
     return response.status, response.headers, response.read()
-
-
-def fetch(host: str, repository: str, name: str = "latest") -> Artifact:
-    """What somebody else pushed, whole; an index with its manifests. Source: distribution-spec, "Pull"."""
-    connection = http.client.HTTPConnection(host, timeout=30)
-    try:
-        accept = ", ".join((OCI, OCI_INDEX, DOCKER, DOCKER_LIST))
-        status, headers, data = _send(connection, "GET", f"/v2/{repository}/manifests/{name}", b"", {"Accept": accept})
-        assert status == 200, data
-        manifest = json.loads(data)
-        manifest.setdefault("mediaType", headers["Content-Type"])
-        children = [fetch(host, repository, entry["digest"]) for entry in manifest.get("manifests", ())]
-        blobs = {}
-        for layer in [*manifest.get("layers", ()), *([manifest["config"]] if "config" in manifest else ())]:
-            status, _, blobs[layer["digest"]] = _send(
-                connection, "GET", f"/v2/{repository}/blobs/{layer['digest']}", b"", {}
-            )
-            assert status == 200
-    finally:
-        connection.close()
-    return Artifact(manifest, blobs, {}, {}, children)
-
-
-def read_layout(directory: Path) -> Artifact:
-    """The first manifest of a layout."""
-
-    def blob(digest: str) -> bytes:
-        return (directory / "blobs" / "sha256" / digest.partition(":")[2]).read_bytes()
-
-    entry = json.loads((directory / "index.json").read_text())["manifests"][0]
-    manifest = json.loads(blob(entry["digest"]))
-    manifest.setdefault("mediaType", entry["mediaType"])
-    layers = [*manifest.get("layers", ()), manifest["config"]]
-    return Artifact(manifest, {layer["digest"]: blob(layer["digest"]) for layer in layers}, {})
 
 
 def write_layout(found: Artifact, directory: Path) -> str:
