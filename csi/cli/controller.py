@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from csi.credentials import Credentials
 from csi.errors import InvalidVolumeError
 from csi.observe import logs
 
@@ -73,14 +74,13 @@ def make_provisioner(volume_dir: str | None, client: ApiClient | None, plain_htt
     from csi.oci.digest import Digest
     from csi.oci.reference import Reference
     from csi.registry.address_rules import AddressRules
-    from csi.registry.auth import Credentials
     from csi.registry.resolve import resolve_model
     from csi.registry.sources import SourceSettings
 
     rules = AddressRules(plain_http_hosts=frozenset(host.lower() for host in plain_http_hosts))
 
-    def resolve(reference: Reference, credentials: dict[str, str] | None) -> tuple[Digest, int]:
-        settings = SourceSettings(rules=rules, credentials=Credentials(**credentials) if credentials else None)
+    def resolve(reference: Reference, credentials: Credentials) -> tuple[Digest, int]:
+        settings = SourceSettings(rules=rules, credentials=credentials)
         found = resolve_model(reference, settings, _RESOLVE_TIMEOUT_S)
         return found.digest, found.size_bytes
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from csi.cli import login
+from csi.credentials import Credentials
 from csi.errors import DigestMismatchError, InvalidVolumeError, SizeMismatchError, UnsupportedModelError
 from csi.oci.archive import tar
 from csi.oci.archive.table import MemberTable
@@ -26,7 +27,6 @@ from csi.oci.manifest import Index, IndexEntry, Manifest, parse
 from csi.oci.reference import Reference
 from csi.oci.view import View
 from csi.registry.address_rules import AddressRules
-from csi.registry.auth import Credentials
 from csi.registry.sources import SourceSettings, open_source
 from csi.stream.ports import ManifestBytes, ModelSource
 from csi.tree.assemble import assemble
@@ -176,11 +176,11 @@ class ModelFinder:
     def _source_of(self, layer: LayerPlan) -> ModelSource:
         return self._sources[layer.origin] if layer.origin else self.source
 
-    def _credentials_for(self, reference: Reference) -> Credentials | None:
+    def _credentials_for(self, reference: Reference) -> Credentials:
         """A login given by hand is for the registry that was named by hand."""
-        if self._credentials is None or reference.registry != self._reference.registry:
-            return None
-        return Credentials(**self._credentials)
+        if reference.registry != self._reference.registry:
+            return ()
+        return self._credentials
 
 
 class _Window:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from csi.cli import login
 from csi.cli.sizes import size_text
+from csi.credentials import Credentials
 from csi.errors import InvalidVolumeError, UnsupportedModelError
 from csi.integrity import index
 from csi.integrity.index import BlobHashes
@@ -162,17 +163,15 @@ def _hash(file: FoundFile, progress: _Progress) -> BlobHashes:
         raise UnsupportedModelError(f"{file.disk_path}: cannot be read: {exc.strerror}") from exc
 
 
-def _open_sink(args: argparse.Namespace, reference: Reference, credentials: dict[str, str] | None) -> ModelSink:
+def _open_sink(args: argparse.Namespace, reference: Reference, credentials: Credentials) -> ModelSink:
     """Imported here: only a push to a registry needs oras and its libraries."""
     if reference.is_layout:
         from csi.registry.layout_writer import LayoutWriter
 
         return LayoutWriter(reference)
-    from csi.registry.auth import Credentials
     from csi.registry.upload import ModelUploader
 
-    user = Credentials(**credentials) if credentials else None
-    return ModelUploader(reference, plain_http=args.plain_http, credentials=user)
+    return ModelUploader(reference, plain_http=args.plain_http, credentials=credentials)
 
 
 def _send(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csi.control import endpoint, wire
+from csi.credentials import Credentials, to_wire
 from csi.errors import ControlError
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
@@ -53,7 +54,7 @@ class SupervisorClient:
         verify: Verify | None,
         prefetch: Prefetch,
         view: View,
-        credentials: dict[str, str] | None,
+        credentials: Credentials,
         domain: str = SHARED_DOMAIN,
         service_account: str = "",
     ) -> LeasedMount:
@@ -70,15 +71,15 @@ class SupervisorClient:
             verify=str(verify) if verify else None,
             prefetch=str(prefetch),
             view=view.texts,
-            credentials=credentials,
+            credentials=to_wire(credentials),
             domain=domain,
             service_account=service_account,
         )
         return _leased(fields)
 
-    def renew(self, target_path: str, credentials: dict[str, str] | None) -> LeasedMount | None:
+    def renew(self, target_path: str, credentials: Credentials) -> LeasedMount | None:
         """Hand over newer credentials. None: no such lease, or its mount is dead."""
-        found = self._call("renew", target_path=target_path, credentials=credentials)["mount"]
+        found = self._call("renew", target_path=target_path, credentials=to_wire(credentials))["mount"]
         return None if found is None else _leased(found)
 
     def release(self, target_path: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import grpc
 
 from csi.driver.capabilities import check_capability, described
-from csi.driver.credentials import credentials_of
+from csi.driver.credentials import keyring_of
 from csi.driver.handlers import ToTheEnd, required_id, rpc
 from csi.driver.provisioner import CreateRequest, Provisioner
 from csi.errors import InvalidVolumeError
@@ -108,5 +108,5 @@ def parse_create(request: csi_pb2.CreateVolumeRequest) -> CreateRequest:
         capabilities=[described(capability) for capability in request.volume_capabilities],
         required_bytes=capacity.required_bytes,
         limit_bytes=capacity.limit_bytes,
-        credentials=credentials_of(request.secrets),
+        keyring=keyring_of(request.secrets),
     )

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from csi.errors import InvalidVolumeError
+from csi.credentials import Credentials, Keyring, of_secret
+from csi.oci.reference import Reference
 
 TOKENS_KEY = "csi.storage.k8s.io/serviceAccount.tokens"
 
 
-def credentials_of(given: Mapping[str, str]) -> dict[str, str] | None:
-    """`username` and `password` of the secret a volume names. Raises: InvalidVolumeError for half of them."""
-    secrets = {key: value for key, value in given.items() if key != TOKENS_KEY}
-    if not secrets:
-        return None
-    if "username" not in secrets or "password" not in secrets:
-        raise InvalidVolumeError(
-            f"nodePublishSecretRef: the secret has the keys {', '.join(sorted(secrets))}; expected username and "
-            "password (type kubernetes.io/basic-auth)",
-            field="secrets",
-        )
-    return {"username": secrets["username"], "password": secrets["password"]}
+def keyring_of(given: Mapping[str, str]) -> Keyring:
+    """What the secret that a volume names has. Raises: InvalidVolumeError for a malformed one."""
+    secret = {key: value for key, value in given.items() if key != TOKENS_KEY}
+    return of_secret(secret) if secret else Keyring()
+
+
+def candidates(keyring: Keyring, reference: Reference) -> Credentials:
+    """Those for the reference's repository; a directory needs none."""
+    return () if reference.is_layout else keyring.candidates(reference.registry, reference.repository)

@@ -11,7 +11,7 @@ import json
 import grpc
 
 from csi.driver.capabilities import check_capability, described
-from csi.driver.credentials import credentials_of
+from csi.driver.credentials import candidates, keyring_of
 from csi.driver.handlers import ToTheEnd, required_id, required_path, rpc
 from csi.driver.publisher import Publisher, PublishRequest
 from csi.errors import InvalidVolumeError, VolumeNotFoundError
@@ -143,7 +143,7 @@ def parse_publish(request: csi_pb2.NodePublishVolumeRequest, sharing: Sharing = 
         target_path=target_path,
         attributes=attributes,
         arguments=_fingerprint(request),
-        credentials=credentials_of(request.secrets),
+        credentials=candidates(keyring_of(request.secrets), attributes.reference),
         domain=_domain(request, sharing),
     )
 

@@ -20,6 +20,8 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from csi.credentials import Credentials, Keyring
+from csi.driver.credentials import candidates
 from csi.driver.locks import NamedLocks
 from csi.errors import (
     InvalidVolumeError,
@@ -45,7 +47,7 @@ _PROVISIONED_NAME = re.compile(r"pvc-([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-
 _PATTERN = re.compile(r"[a-z0-9.:\[\]-]+(?:/[a-z0-9._-]+)*(?:/\*)?")
 _MAX_CONTEXT_BYTES = 4096  # CSI spec, "Size Limits"
 
-Resolve = Callable[[Reference, dict[str, str] | None], tuple[Digest, int]]
+Resolve = Callable[[Reference, Credentials], tuple[Digest, int]]
 """Digest and bytes of a reference, asked of its registry; blocking."""
 
 
@@ -58,7 +60,7 @@ class CreateRequest:
     capabilities: list[list[object]]
     required_bytes: int = 0
     limit_bytes: int = 0
-    credentials: dict[str, str] | None = field(default=None, repr=False)
+    keyring: Keyring = field(default_factory=Keyring)
 
     @property
     def arguments(self) -> str:
@@ -138,7 +140,7 @@ class Provisioner:
                 rule=ALLOWED_REPOSITORIES,
                 reason="repository is not listed",
             )
-        digest, size_bytes = await asyncio.to_thread(self._resolve, reference, request.credentials)
+        digest, size_bytes = await asyncio.to_thread(self._resolve, reference, candidates(request.keyring, reference))
         if request.limit_bytes and size_bytes > request.limit_bytes:
             raise VolumeTooSmallError(
                 f"reference {str(reference)!r}: the model has {size_bytes} bytes, the volume's limit is "

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from csi import mountinfo
 from csi.control.keeper import KeeperClient
 from csi.control.supervisor import LeasedMount, SupervisorClient
+from csi.credentials import Credentials
 from csi.driver.health import Trouble, node_troubles, supervisor_unreachable, troubles_of
 from csi.driver.locks import NamedLocks
 from csi.driver.records import Pins, Publication, Publications
@@ -41,7 +42,7 @@ class PublishRequest:
     target_path: str
     attributes: VolumeAttributes
     arguments: str
-    credentials: dict[str, str] | None = field(default=None, repr=False)
+    credentials: Credentials = field(default=(), repr=False)
     domain: str = SHARED_DOMAIN
     service_account: str = ""
 

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from csi import credentials
 from csi.cache.blob import BlobWriter, this_boot
 from csi.cache.ring import LendingRing
 from csi.control import wire
@@ -40,7 +41,6 @@ from csi.integrity.index import BlockIndex
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
 from csi.registry.address_rules import AddressRules
-from csi.registry.auth import Credentials
 from csi.registry.client import RegistrySource
 from csi.registry.sources import SourceSettings, open_source
 from csi.stream.ports import ManifestBytes, ModelSource
@@ -204,7 +204,7 @@ class Fetcher:
                 settings = {"plain_http_hosts": request.get("plain_http_hosts", ()), **wanted}
                 source = open_source(reference, _source_settings(settings, fds))
             elif isinstance(source, RegistrySource):
-                source.replace_credentials(_credentials(wanted))
+                source.replace_credentials(credentials.from_wire(wanted.get("credentials")))
             self._sources.append(source)
         if self._engine is not None:
             self._engine.use_sources(self._sources)
@@ -369,16 +369,9 @@ class Fetcher:
 def _source_settings(request: wire.Message, fds: list[int]) -> SourceSettings:
     return SourceSettings(
         rules=AddressRules(plain_http_hosts=frozenset(request.get("plain_http_hosts", ()))),
-        credentials=_credentials(request),
+        credentials=credentials.from_wire(request.get("credentials")),
         layout_fd=fds[0] if fds else None,
     )
-
-
-def _credentials(request: wire.Message) -> Credentials | None:
-    given = request.get("credentials")
-    if not isinstance(given, dict):
-        return None
-    return Credentials(username=str(given["username"]), password=str(given["password"]))
 
 
 def run(control_fd: int) -> int:

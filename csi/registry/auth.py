@@ -1,101 +1,202 @@
-"""What to send a registry that wants to know who asks: nothing, Basic, or a token (`token_auth`).
+"""Who asks: for each request what to send, and after a refusal what to send next.
 
-Challenges are parsed by RFC 9110, section 11.6.1.
+Nothing is sent until the registry asks for something, as a password must not go where it is not wanted. Then the
+candidates are tried in turn, beginning with the one that worked last; each with Basic or with a token of its own, as
+the registry wants. A token that is refused is renewed once before its credential counts as refused.
+
+    token     of one repository, kept in memory; four fifths through its time one thread fetches the next while the
+              others go on with the one that is still good; however many threads want one, it is fetched once
+    replace   other credentials from now on; nothing of the former ones is kept
+
+No lock is held while a token service is asked.
 """
 
 from __future__ import annotations
 
-import base64
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
-_MAX_HEADER = 8192
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105
-_PARAMETER = re.compile(rf'\s*({_TOKEN})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_TOKEN}))\s*')
-_SCHEME = re.compile(rf"\s*({_TOKEN})(?=\s|,|$)")
+from csi.credentials import Credential, Credentials
+from csi.errors import RegistryAuthError, RegistryUnavailableError
+from csi.registry.headers import Challenge
+from csi.registry.token_service import basic, exchange
+from csi.registry.transport import Transport
 
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """A registry user. The password is in no repr."""
-
-    username: str
-    password: str = field(repr=False)
+_USED_SHARE = 0.8
+_MAX_TOKENS = 64  # a registry that names another scope each time must not fill memory
+_PREFERRED = ("bearer", "basic")
 
 
 @dataclass(frozen=True, slots=True)
-class Challenge:
-    """One scheme of a WWW-Authenticate header, lower case, with its parameters (names lower case)."""
+class Authorization:
+    """What one request carries. `header` None: nothing."""
 
-    scheme: str
-    parameters: Mapping[str, str]
+    header: str | None = field(repr=False)
+    generation: int
+    candidate: int
+    tried: frozenset[int]
+    """Candidates that were refused during this request."""
+    is_fresh: bool = False
+    """The token was fetched for this request; refused, its credential is."""
 
 
-class Authenticator(Protocol):
-    """Thread-safe. Asked before a request, told after a 401."""
+@dataclass(slots=True)
+class _Held:
+    value: str
+    fetched_at: float
+    renew_at: float
+    ends_at: float
 
-    def authorization(self) -> str | None:
-        """The Authorization header for the registry itself, None to ask anonymously."""
+
+_Key = tuple[int, str | None, str | None, str | None]
+
+
+class Authenticator:
+    """Thread-safe. `base` is the host's `scheme://host[:port]`; `repository` as the host calls it."""
+
+    def __init__(
+        self, base: str, repository: str, credentials: Credentials, transport: Transport, *, actions: str = "pull"
+    ) -> None:
+        self._base = base
+        self._scope = f"repository:{repository}:{actions}"
+        self._transport = transport
+        self._lock = threading.Condition()
+        self._generation = 0
+        self._candidates: Sequence[Credential | None] = credentials or (None,)
+        self._works = 0
+        self._challenge: Challenge | None = None
+        self._tokens: dict[_Key, _Held] = {}
+        self._fetching: set[_Key] = set()
 
     def has_credentials(self) -> bool:
-        """Whether somebody has logged in."""
+        """Whether there is anybody to ask as."""
+        return self._candidates[0] is not None
 
-    def on_challenge(self, challenges: list[Challenge], refused: str | None) -> bool:
-        """A 401 came with these for a request that carried `refused`. True when the request is worth repeating."""
+    def current(self, max_age_s: float = math.inf) -> Authorization:
+        """For a new request, with a token fetched at most so long ago. Raises: RegistryAuthError, RegistryUnavailableError when no token can be had."""
+        with self._lock:
+            generation, candidate = self._generation, self._works
+        return self._authorize(Authorization(None, generation, candidate, frozenset()), max_age_s=max_age_s)
 
-    def replace(self, credentials: Credentials | None) -> None:
+    def after_refusal(self, used: Authorization, status: int, challenges: Sequence[Challenge]) -> Authorization | None:
+        """What to send after a 401 or 403 with these challenges; None when there is nothing left to try.
+
+        Raises: RegistryAuthError, RegistryUnavailableError when no token can be had.
+        """
+        wanted = next((one for scheme in _PREFERRED for one in challenges if one.scheme == scheme), None)
+        with self._lock:
+            if wanted is None and self._challenge is None and not challenges:
+                wanted = Challenge("basic", {})  # a few registries refuse without saying what they want
+            if used.generation != self._generation:  # replaced meanwhile
+                used = Authorization(None, self._generation, self._works, frozenset())
+            learned = status == 401 and wanted is not None and used.header is None
+            if status == 401 and wanted is not None:
+                self._challenge = wanted
+        if learned:
+            answer = self._authorize(used)
+            return None if answer.header is None else answer
+        if used.header is not None and used.header.startswith("Bearer ") and not used.is_fresh:
+            return self._authorize(used, refused=used.header.removeprefix("Bearer "))
+        return self._next(used) if used.header is not None else None
+
+    def worked(self, used: Authorization) -> None:
+        """The registry took it: the next request begins with the same candidate."""
+        with self._lock:
+            if used.generation == self._generation:
+                self._works = used.candidate
+
+    def replace(self, credentials: Credentials) -> None:
         """Use other credentials from now on."""
+        with self._lock:
+            if (credentials or (None,)) == self._candidates:
+                return
+            self._generation += 1
+            self._candidates = credentials or (None,)
+            self._works = 0
+            self._tokens.clear()
+            self._lock.notify_all()
 
+    def _next(self, used: Authorization, error: RegistryAuthError | None = None) -> Authorization | None:
+        """The next candidate that this request has not tried. Raises: `error`, if given, when there is none."""
+        tried = used.tried | {used.candidate}
+        with self._lock:
+            left = [] if used.generation != self._generation else range(len(self._candidates))
+        for candidate in left:
+            if candidate not in tried:
+                return self._authorize(Authorization(None, used.generation, candidate, tried))
+        if error is not None:
+            raise error
+        return None
 
-class BasicAuthenticator:
-    """Sends Basic credentials with every request to the registry, as they are wanted on each anyway."""
+    def _authorize(
+        self, wanted: Authorization, *, refused: str | None = None, max_age_s: float = math.inf
+    ) -> Authorization:
+        """Fill in the header for the candidate, by what the registry asks for; `refused` is a token it did not take."""
+        with self._lock:
+            challenge, generation = self._challenge, self._generation
+            credential = self._candidates[min(wanted.candidate, len(self._candidates) - 1)]
+        wanted = replace(wanted, generation=generation)
+        if challenge is None:
+            return wanted
+        if challenge.scheme == "basic":
+            if credential is not None and credential.password:
+                return replace(wanted, header=basic(credential))
+            return wanted if credential is None else self._next(wanted) or wanted
+        if credential is not None and credential.registry_token:
+            return replace(wanted, header=f"Bearer {credential.registry_token}", is_fresh=True)
+        try:
+            value, is_fresh = self._token(wanted.candidate, credential, challenge, refused, max_age_s)
+        except RegistryAuthError as error:
+            following = self._next(wanted, error)
+            assert following is not None
+            return following
+        return replace(wanted, header=f"Bearer {value}", is_fresh=is_fresh or refused is not None)
 
-    def __init__(self, credentials: Credentials | None) -> None:
-        self._credentials = credentials
-
-    def authorization(self) -> str | None:
-        """See `Authenticator`."""
-        held = self._credentials
-        if held is None:
-            return None
-        return "Basic " + base64.b64encode(f"{held.username}:{held.password}".encode()).decode()
-
-    def has_credentials(self) -> bool:
-        """See `Authenticator`."""
-        return self._credentials is not None
-
-    def on_challenge(self, challenges: list[Challenge], refused: str | None) -> bool:
-        """Nothing better can be offered."""
-        return False
-
-    def replace(self, credentials: Credentials | None) -> None:
-        """See `Authenticator`."""
-        self._credentials = credentials
-
-
-def parse_challenges(header: str) -> list[Challenge]:
-    """The challenges of a WWW-Authenticate header. What cannot be parsed ends the list; never raises."""
-    challenges: list[Challenge] = []
-    text, position = header[:_MAX_HEADER], 0
-    while position < len(text):
-        scheme = _SCHEME.match(text, position)
-        if scheme is None:
-            break
-        position = scheme.end()
-        parameters: dict[str, str] = {}
-        while parameter := _PARAMETER.match(text, position):
-            quoted, plain = parameter[2], parameter[3]
-            parameters[parameter[1].lower()] = re.sub(r"\\(.)", r"\1", quoted) if quoted is not None else plain
-            position = parameter.end()
-            comma = re.compile(r",\s*").match(text, position)
-            if comma is None:
-                break
-            position = comma.end()
-            if _PARAMETER.match(text, position) is None:
-                break  # the next scheme
-        challenges.append(Challenge(scheme[1].lower(), parameters))
-        separator = re.compile(r"[\s,]*").match(text, position)
-        position = separator.end() if separator else len(text)
-    return challenges
+    def _token(
+        self,
+        candidate: int,
+        credential: Credential | None,
+        challenge: Challenge,
+        refused: str | None,
+        max_age_s: float,
+    ) -> tuple[str, bool]:
+        """A token that is not `refused`, and whether it was fetched just now."""
+        parameters = challenge.parameters
+        key = (candidate, parameters.get("realm"), parameters.get("service"), parameters.get("scope"))
+        with self._lock:
+            while True:
+                generation = self._generation
+                held = self._tokens.get(key)
+                now = time.monotonic()
+                if held is not None and (held.value == refused or now - held.fetched_at > max_age_s):
+                    held = None
+                if held is not None and now < held.ends_at and (now < held.renew_at or key in self._fetching):
+                    return held.value, False
+                if key not in self._fetching:
+                    break
+                self._lock.wait()
+            self._fetching.add(key)
+        started = time.monotonic()
+        try:
+            token = exchange(self._transport, self._base, challenge, self._scope, credential)
+        except RegistryUnavailableError:
+            if held is not None and time.monotonic() < held.ends_at:
+                return held.value, False
+            raise
+        else:
+            with self._lock:
+                if generation == self._generation:
+                    if len(self._tokens) >= _MAX_TOKENS:
+                        self._tokens.clear()
+                    lifetime_s = token.lifetime_s
+                    self._tokens[key] = _Held(
+                        token.value, started, started + lifetime_s * _USED_SHARE, started + lifetime_s
+                    )
+            return token.value, True
+        finally:
+            with self._lock:
+                self._fetching.discard(key)
+                self._lock.notify_all()

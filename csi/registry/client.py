@@ -11,15 +11,14 @@ Source: distribution-spec, "Pulling manifests" and "Pulling blobs"; RFC 9110 sec
 
 from __future__ import annotations
 
-import email.utils
 import http.client
 import json
-import re
 import threading
 import time
 from collections.abc import Mapping
 from urllib.parse import urljoin
 
+from csi.credentials import Credentials
 from csi.errors import (
     DigestMismatchError,
     InvalidVolumeError,
@@ -34,7 +33,8 @@ from csi.oci import manifest as oci
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
 from csi.registry.address_rules import MAX_REDIRECTS, AddressRules
-from csi.registry.auth import Authenticator, Credentials, parse_challenges
+from csi.registry.auth import Authenticator
+from csi.registry.headers import parse_challenges, parse_content_range, parse_retry_after, parse_size
 from csi.registry.transport import Response, Transport
 from csi.stream.ports import ManifestBytes, RangeReader
 
@@ -42,7 +42,6 @@ _ACCEPT = ", ".join((oci.OCI_MANIFEST, oci.OCI_INDEX, oci.DOCKER_MANIFEST, oci.D
 _API_HOSTS = {"docker.io": "registry-1.docker.io", "index.docker.io": "registry-1.docker.io"}
 _MAX_ERROR_BODY = 8192
 _MAX_SKIP_BYTES = 1024 * 1024
-_CONTENT_RANGE = re.compile(r"\s*(?:bytes\s+)?(\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\s*")
 
 
 class RegistrySource:
@@ -61,7 +60,7 @@ class RegistrySource:
         """`registry/repository`."""
         return f"{self._registry}/{self._repository}"
 
-    def replace_credentials(self, credentials: Credentials | None) -> None:
+    def replace_credentials(self, credentials: Credentials) -> None:
         """Use other credentials from now on; cached redirects stay."""
         self._authenticator.replace(credentials)
 
@@ -126,23 +125,27 @@ class RegistrySource:
         remember: Digest | None = None,
     ) -> Response:
         """GET with authorization and redirects. The answer may have any final status but a redirect."""
-        challenged = False
+        authorization = self._authenticator.current()
         with_credentials = True
-        for _ in range(MAX_REDIRECTS + 2):
+        redirects = 0
+        while redirects <= MAX_REDIRECTS:
             sent = dict(headers)
-            if with_credentials and (authorization := self._authenticator.authorization()):
-                sent["Authorization"] = authorization
+            if with_credentials and authorization.header is not None:
+                sent["Authorization"] = authorization.header
             response = self._transport.get(url, sent, timeout_s)
-            if response.status == 401 and with_credentials and not challenged:
-                challenged = True
-                challenges = parse_challenges(response.headers.get("WWW-Authenticate", ""))
+            if response.status in (401, 403) and with_credentials:
+                challenges = parse_challenges(", ".join(response.headers.get_all("WWW-Authenticate", [])))
                 try:
-                    if self._authenticator.on_challenge(challenges, sent.get("Authorization")):
-                        response.discard()
-                        continue
+                    another = self._authenticator.after_refusal(authorization, response.status, challenges)
                 except BaseException:
                     response.discard()
                     raise
+                if another is not None:
+                    response.discard()
+                    authorization = another
+                    continue
+            elif with_credentials:
+                self._authenticator.worked(authorization)
             if response.status not in (301, 302, 303, 307, 308):
                 return response
             location = response.headers.get("Location", "")
@@ -154,6 +157,7 @@ class RegistrySource:
                 with self._lock:
                     self._resolved[remember] = target
             url = target
+            redirects += 1
         raise RegistryError(f"{subject}: more than {MAX_REDIRECTS} redirects")
 
     def _range_reader(
@@ -167,7 +171,7 @@ class RegistrySource:
                 f"{subject}: sent {encoding}-encoded although identity was asked for; a proxy in between compresses: "
                 "turn that off for /v2/"
             )
-        body_bytes = _number(response.headers.get("Content-Length"))
+        body_bytes = parse_size(response.headers.get("Content-Length"))
         if response.status == 206:
             self._check_content_range(response.headers.get("Content-Range"), subject, size_bytes, offset, length)
             return _HttpRangeReader(response, subject, length)
@@ -278,33 +282,6 @@ class _HttpRangeReader:
             self._response.discard()
 
 
-def parse_content_range(header: str) -> tuple[int, int, int | None] | None:
-    """First byte, last byte and total (None for `*`) of a Content-Range; None when it is not one. Never raises.
-
-    A missing `bytes ` is tolerated: at least one widespread registry has left it out.
-    """
-    match = _CONTENT_RANGE.fullmatch(header)
-    if match is None:
-        return None
-    first, last = int(match[1]), int(match[2])
-    total = None if match[3] == "*" else int(match[3])
-    if first > last or (total is not None and last >= total):
-        return None
-    return first, last, total
-
-
-def parse_retry_after(header: str, now: float) -> float | None:
-    """Seconds to wait, from a number or an HTTP date; None for anything else. Never raises, never negative."""
-    text = header.strip()[:64]
-    if text.isascii() and text.isdigit():
-        return float(int(text))
-    try:
-        when = email.utils.parsedate_to_datetime(text)
-        return max(0.0, when.timestamp() - now)
-    except (TypeError, ValueError, OverflowError, OSError, IndexError):
-        return None
-
-
 def _read_body(response: Response, limit_bytes: int, subject: str, deadline: float) -> bytes:
     parts, left = [], limit_bytes
     try:
@@ -315,7 +292,7 @@ def _read_body(response: Response, limit_bytes: int, subject: str, deadline: flo
                 raise RegistryUnavailableError(f"{subject}: the manifest did not arrive in time")
     except (OSError, http.client.HTTPException) as exc:
         raise RegistryUnavailableError(f"{subject}: the connection broke ({type(exc).__name__})") from exc
-    declared = _number(response.headers.get("Content-Length"))
+    declared = parse_size(response.headers.get("Content-Length"))
     data = b"".join(parts)
     if declared is not None and len(data) < min(declared, limit_bytes):
         raise RegistryUnavailableError(f"{subject}: the registry sent {len(data)} of {declared} bytes")
@@ -335,7 +312,8 @@ def _status_error(response: Response, subject: str, *, has_credentials: bool) ->
         hint = (
             "the credentials are wrong, or may not read this repository"
             if has_credentials
-            else "it needs credentials: set nodePublishSecretRef (or --username)"
+            else "it needs credentials: set nodePublishSecretRef to a secret with an entry for this registry (by hand: "
+            "docker login, or --username)"
         )
         return RegistryAuthError(
             f"{subject}: the registry answered {status}{said}; {hint}",
@@ -369,7 +347,3 @@ def _registry_message(response: Response) -> str:
     ):
         return ""
     return f" ({''.join(c for c in text if c.isprintable())[:200]})"
-
-
-def _number(text: str | None) -> int | None:
-    return int(text) if text and text.isascii() and text.isdigit() and len(text) < 20 else None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from csi.credentials import Credentials
 from csi.errors import InvalidVolumeError
 from csi.oci.reference import Reference
 from csi.registry.address_rules import AddressRules
-from csi.registry.auth import Credentials
+from csi.registry.auth import Authenticator
 from csi.registry.client import RegistrySource, base_url
 from csi.registry.layout_source import LayoutSource
-from csi.registry.token_auth import TokenAuthenticator
 from csi.registry.transport import Transport, TransportSettings
 from csi.stream.ports import ModelSource
 
@@ -21,7 +21,7 @@ class SourceSettings:
     """`layout_fd`: the opened directory of an `oci-layout:` reference; the source takes it over."""
 
     rules: AddressRules
-    credentials: Credentials | None = None
+    credentials: Credentials = ()
     layout_fd: int | None = None
     transport: TransportSettings = field(default_factory=TransportSettings)
 
@@ -36,5 +36,5 @@ def open_source(reference: Reference, settings: SourceSettings) -> ModelSource:
         os.close(settings.layout_fd)
     transport = Transport(settings.rules, settings.transport)
     base = base_url(reference.registry, settings.rules)
-    authenticator = TokenAuthenticator(base, reference.repository, settings.credentials, transport)
+    authenticator = Authenticator(base, reference.repository, settings.credentials, transport)
     return RegistrySource(reference, settings.rules, authenticator, transport)

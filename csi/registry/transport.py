@@ -92,15 +92,24 @@ class Transport:
 
         Raises: RegistryUnavailableError (cannot connect, no answer), RegistryError (forbidden address).
         """
+        return self._ask("GET", url, headers, None, timeout_s)
+
+    def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Response:
+        """One POST that may be sent twice, as to a token service. Otherwise as `get`."""
+        return self._ask("POST", url, headers, body, None)
+
+    def _ask(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, timeout_s: float | None
+    ) -> Response:
         parts = urlsplit(url)
         key = (parts.scheme, parts.netloc)
-        target = parts.path + (f"?{parts.query}" if parts.query else "")
+        request = (method, (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), body)
         wait_s = min(self._settings.stall_timeout_s, timeout_s or self._settings.stall_timeout_s)
         sent = {"User-Agent": _USER_AGENT, "Accept-Encoding": "identity", **headers}
         connection = self._take(key)
         if connection is not None:
             try:
-                return self._exchange(key, connection, target, sent, wait_s)
+                return self._exchange(key, connection, request, sent, wait_s)
             except (http.client.HTTPException, ConnectionError, BrokenPipeError):
                 connection.close()
             except TimeoutError as exc:
@@ -108,7 +117,7 @@ class Transport:
                 raise _unavailable(key, f"sent nothing for {wait_s:g} s") from exc
         connection = self._connect(key, wait_s)
         try:
-            return self._exchange(key, connection, target, sent, wait_s)
+            return self._exchange(key, connection, request, sent, wait_s)
         except TimeoutError as exc:
             connection.close()
             raise _unavailable(key, f"sent nothing for {wait_s:g} s") from exc
@@ -142,13 +151,14 @@ class Transport:
         self,
         key: HostKey,
         connection: http.client.HTTPConnection,
-        target: str,
+        request: tuple[str, str, bytes | None],
         headers: Mapping[str, str],
         wait_s: float,
     ) -> Response:
         if connection.sock is not None:
             connection.sock.settimeout(wait_s)
-        connection.request("GET", target, headers=dict(headers))
+        method, target, body = request
+        connection.request(method, target, body, dict(headers))
         return Response(self, key, connection)
 
     def _connect(self, key: HostKey, wait_s: float) -> http.client.HTTPConnection:

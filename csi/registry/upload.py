@@ -1,9 +1,10 @@
-"""Uploads to a registry, over the oras library: its session, its addresses and its token exchange; our timeouts,
-streaming, checks and rules about passwords.
+"""Uploads to a registry, over the oras library: its session and its addresses; our timeouts, streaming, checks, tokens
+and rules about passwords.
 
 What the adapter changes, because oras as it is has none of it:
 - every request has timeouts, and no retries that repeat a refused password;
-- no ambient credentials (docker's config.json, netrc, ORAS_USER), proxies or cookies;
+- no ambient credentials (it would read docker's config.json, netrc, ORAS_USER by itself), proxies or cookies;
+- every credential that fits is tried in turn, with tokens that are renewed before they end;
 - a password goes to the registry itself, and to a token service that belongs to it; never along a redirect;
 - blobs stream from the file with a known length in one PUT, instead of being read whole;
 - the bytes sent are hashed, and a digest the registry reports is compared.
@@ -15,27 +16,25 @@ Source: distribution-spec, "Pushing blobs" and "Pushing manifests"; distribution
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import http
 import json
+import math
 import ssl
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-import oras.auth.utils
 import oras.container
 import oras.provider
 import requests
 import urllib3.exceptions
 from requests.adapters import HTTPAdapter
 
+from csi.credentials import Credentials
 from csi.errors import (
     DigestMismatchError,
-    InvalidVolumeError,
     ModelNotFoundError,
     RegistryAuthError,
     RegistryError,
@@ -47,9 +46,11 @@ from csi.oci.manifest import OCI_MANIFEST
 from csi.oci.modelpack import PackedModel
 from csi.oci.reference import Reference
 from csi.registry.address_rules import AddressRules, redact_url
-from csi.registry.auth import Credentials, parse_challenges
+from csi.registry.auth import Authenticator, Authorization
+from csi.registry.headers import parse_challenges
 from csi.registry.pushing import HashedFile, OnProgress, PushProgress, PushState
-from csi.registry.realm import check_realm, split_url
+from csi.registry.realm import split_url
+from csi.registry.transport import Transport
 
 _CONNECT_TIMEOUT_S = 10.0
 _ANSWER_TIMEOUT_S = 120.0
@@ -58,6 +59,7 @@ _COMMIT_BYTES_PER_S = 32 * 1024 * 1024
 _MAX_ANSWER_BYTES = 64 * 1024
 # Tokens live at least 60 s; a large PUT must begin with a fresh one, as its body cannot be sent twice.
 _TOKEN_AGE_S = 30.0
+_NOBODY = Authorization(None, 0, 0, frozenset())
 # What requests raises, and what escapes it: urllib3's own while a body is read, ValueError for a malformed redirect.
 _NO_ANSWER = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -99,12 +101,8 @@ class ModelUploader:
     Plain HTTP is spoken to loopback registries, and to others only with `plain_http`; never as a fallback.
     """
 
-    def __init__(self, reference: Reference, *, plain_http: bool, credentials: Credentials | None) -> None:
-        """No I/O yet. Raises: InvalidVolumeError for a user name that Basic authentication cannot express."""
-        if credentials is not None and ":" in credentials.username:
-            raise InvalidVolumeError(
-                "user name: has a ':', which Basic authentication cannot express", field="username"
-            )
+    def __init__(self, reference: Reference, *, plain_http: bool, credentials: Credentials = ()) -> None:
+        """No I/O yet."""
         rules = AddressRules(frozenset({reference.registry}) if plain_http else frozenset())
         self._origin = reference.origin
         self._registry = reference.registry
@@ -116,9 +114,10 @@ class ModelUploader:
         for scheme in ("https://", "http://"):
             self._oras.session.mount(scheme, _Adapter())
         self._container = oras.container.Container(f"{reference.registry}/{reference.repository}")
-        self._credentials = credentials
-        self._token: str | None = None
-        self._token_at = 0.0
+        self._transport = Transport(rules)
+        self._authenticator = Authenticator(
+            self._base, reference.repository, credentials, self._transport, actions="pull,push"
+        )
 
     def put_file(self, blob: Descriptor, path: str, on_progress: OnProgress) -> PushState:
         """See `ModelSink`."""
@@ -133,7 +132,6 @@ class ModelUploader:
         if model.index_layer is not None:
             self._put_blob(model.index_layer, model.index, "block index")
         for name in (str(model.digest), tag):
-            self._renew_old_token()
             url = f"{self._oras.prefix}://{self._container.manifest_url(name)}"
             answer = self._ask("PUT", url, data=model.manifest, headers={"Content-Type": OCI_MANIFEST})
             self._expect(answer, http.HTTPStatus.CREATED, f"manifest {name}")
@@ -142,9 +140,9 @@ class ModelUploader:
     def close(self) -> None:
         """See `ModelSink`."""
         self._oras.session.close()
+        self._transport.close()
 
     def _put_blob(self, blob: Descriptor, source: HashedFile | bytes, what: str) -> PushState:
-        self._renew_old_token()
         if self._has_blob(blob.digest):
             return PushState.EXISTS
         start = f"{self._oras.prefix}://{self._container.upload_blob_url()}"
@@ -214,18 +212,26 @@ class ModelUploader:
         headers: Mapping[str, str] | None = None,
         answer_timeout_s: float = _ANSWER_TIMEOUT_S,
     ) -> _Answer:
-        """One request; after a challenge for a token, and only with a body that can be sent twice, a second one.
+        """One request; after a refusal, and only with a body that can be sent twice, another one as somebody else.
 
-        Raises: RegistryUnavailableError, RegistryAuthError (401).
+        Raises: RegistryUnavailableError, RegistryAuthError (401, 403).
         """
-        answer = self._send(method, url, data, headers, answer_timeout_s)
-        if answer.status != http.HTTPStatus.UNAUTHORIZED:
-            return answer
-        if _same_origin(url, self._base) and not isinstance(data, HashedFile) and self._fetch_token(answer):
-            answer = self._send(method, url, data, headers, answer_timeout_s)
-            if answer.status != http.HTTPStatus.UNAUTHORIZED:
+        to_registry = _same_origin(url, self._base)
+        age_s = _TOKEN_AGE_S if isinstance(data, HashedFile) else math.inf
+        authorization = self._authenticator.current(age_s) if to_registry else _NOBODY
+        while True:
+            answer = self._send(method, url, data, headers, authorization, answer_timeout_s)
+            if answer.status not in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
+                if to_registry:
+                    self._authenticator.worked(authorization)
                 return answer
-        raise self._refused(answer)
+            another = None
+            if to_registry and not isinstance(data, HashedFile):
+                challenges = parse_challenges(answer.headers.get("WWW-Authenticate", ""))
+                another = self._authenticator.after_refusal(authorization, answer.status, challenges)
+            if another is None:
+                raise self._refused(answer)
+            authorization = another
 
     def _send(
         self,
@@ -233,11 +239,12 @@ class ModelUploader:
         url: str,
         data: HashedFile | bytes | None,
         headers: Mapping[str, str] | None,
+        authorization: Authorization,
         answer_timeout_s: float,
     ) -> _Answer:
         sent = {"Accept-Encoding": "identity", "User-Agent": "modelmount", **(headers or {})}
-        if _same_origin(url, self._base) and (authorization := self._authorization()):
-            sent["Authorization"] = authorization
+        if authorization.header is not None:
+            sent["Authorization"] = authorization.header
         # While a body is sent, urllib3 waits for the socket as long as for a connection.
         stall_s = _ANSWER_TIMEOUT_S if data else _CONNECT_TIMEOUT_S
         try:
@@ -258,59 +265,11 @@ class ModelUploader:
             raise self._unavailable(method, url, exc) from exc
         return _Answer(response.status_code, response.headers, body)
 
-    def _authorization(self) -> str | None:
-        if self._token is not None:
-            return f"Bearer {self._token}"
-        if self._credentials is None:
-            return None
-        pair = f"{self._credentials.username}:{self._credentials.password}"
-        return "Basic " + base64.b64encode(pair.encode()).decode()
-
-    def _renew_old_token(self) -> None:
-        """Call it before a chain of requests that must not meet the end of a token."""
-        if time.monotonic() - self._token_at > _TOKEN_AGE_S:
-            self._token = None
-
-    def _fetch_token(self, answer: _Answer) -> bool:
-        """Exchange the credentials (or nothing) for a token as the challenge says. False without such a challenge."""
-        challenges = parse_challenges(answer.headers.get("WWW-Authenticate", ""))
-        parameters = next((challenge.parameters for challenge in challenges if challenge.scheme == "bearer"), None)
-        if parameters is None:
-            return False
-        realm = parameters.get("realm", "")
-        with_password = self._credentials is not None
-        check_realm(self._base, realm, with_password=with_password)
-        # Our own parse of the challenge: what was checked is what is asked.
-        wanted = oras.auth.utils.authHeader({**parameters, "realm": realm})
-        auth = self._oras.auth
-        try:
-            if self._credentials is not None:
-                auth.set_basic_auth(self._credentials.username, self._credentials.password)
-                token = auth.request_token(wanted)
-            else:
-                token = auth.request_anonymous_token(wanted)
-        except (requests.JSONDecodeError, AttributeError) as exc:  # not JSON, or not an object
-            raise RegistryError(
-                f"registry {self._registry}: its token service {redact_url(realm)} gave no usable answer; is that its address?"
-            ) from exc
-        except _NO_ANSWER as exc:
-            raise self._unavailable("GET", realm, exc) from exc
-        if not isinstance(token, str) or not token or not (token.isascii() and token.isprintable()):
-            hint = "check user name and password" if with_password else "give --username and --password-stdin"
-            raise RegistryAuthError(
-                f"registry {self._registry}: its token service {redact_url(realm)} gave no token; {hint}",
-                status=answer.status,
-            )
-        self._token, self._token_at = token, time.monotonic()
-        return True
-
     # --- failures -------------------------------------------------------------------------------------------------
 
     def _expect(self, answer: _Answer, status: int, what: str) -> None:
         if answer.status == status:
             return
-        if answer.status == http.HTTPStatus.FORBIDDEN:
-            raise self._refused(answer)
         message = (
             f"{self._origin}: {what}: the registry answered {answer.status}{_said(answer)}, expected {int(status)}"
         )
@@ -334,8 +293,8 @@ class ModelUploader:
         wants = f" (it wants {', '.join(challenge.scheme for challenge in challenges)[:80]})" if challenges else ""
         hint = (
             "check the password, and that the user may push to this repository"
-            if self._credentials is not None
-            else "give --username and --password-stdin"
+            if self._authenticator.has_credentials()
+            else "log in with docker login, or give --username and --password-stdin"
         )
         return RegistryAuthError(
             f"{self._origin}: the registry answered {answer.status}{_said(answer)}{wants}; {hint}", status=answer.status

@@ -13,12 +13,13 @@ from typing import Any
 
 from csi.control import endpoint, wire
 from csi.control.supervisor import SOCKET_NAME
+from csi.credentials import from_wire
 from csi.errors import ControlError, ModelMountError
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
 from csi.oci.view import View
 from csi.supervisor.settings import SupervisorSettings
-from csi.supervisor.supervise import Supervisor, parse_credentials
+from csi.supervisor.supervise import Supervisor
 from csi.volume import Prefetch, Verify
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ async def _handle(supervisor: Supervisor, request: wire.Message) -> tuple[dict[s
                     verify=Verify(verify) if verify else None,
                     prefetch=Prefetch(wire.field(request, "prefetch", str)),
                     view=View.parse(wire.field(request, "view", dict)),
-                    credentials=parse_credentials(request.get("credentials")),
+                    credentials=from_wire(request.get("credentials")),
                     domain=wire.field(request, "domain", str),
                     service_account=wire.field(request, "service_account", str),
                 )
@@ -130,7 +131,7 @@ async def _handle(supervisor: Supervisor, request: wire.Message) -> tuple[dict[s
             return await asyncio.shield(work), []
         case "renew":
             renewed = await supervisor.renew(
-                wire.field(request, "target_path", str), parse_credentials(request.get("credentials"))
+                wire.field(request, "target_path", str), from_wire(request.get("credentials"))
             )
             return {"mount": renewed}, []
         case "release":

@@ -24,6 +24,7 @@ from typing import Any
 
 from csi.control import wire
 from csi.control.keeper import KeeperClient, KeptMount
+from csi.credentials import Credentials, to_wire, united, within_limits
 from csi.errors import ControlError, DigestMismatchError, ModelMountError, MountError
 from csi.fuse.handshake import RESEND_MESSAGE, BackendName
 from csi.oci.digest import Digest
@@ -41,8 +42,6 @@ _CRASHES_BEFORE_WAIT = 5
 _CRASH_WAIT_S = 5.0
 _STATS_LIMIT_BYTES = 64 * 1024 * 1024
 
-Credentials = dict[str, str] | None
-
 
 @dataclass(slots=True)
 class Lease:
@@ -50,7 +49,7 @@ class Lease:
 
     volume_id: str
     reference: Reference
-    credentials: Credentials = field(default=None, repr=False)
+    credentials: Credentials = field(default=(), repr=False)
     service_account: str = ""
     refused: str | None = None
     """What the registry said when it was last asked whether these credentials may still read the model."""
@@ -87,7 +86,7 @@ class Mount:
         self._keeper, self._pool, self._settings = keeper, pool, settings
         self.indexed = False
         self.wanted_at = 0.0
-        self._first_credentials: Credentials = None
+        self._first_credentials: Credentials = ()
         self._fill = False
         self._stopping = False
         self._worker: Child | None = None
@@ -134,7 +133,7 @@ class Mount:
                 self._layout_fd = os.open(self.reference.layout_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             self._worker = await worker_ready
             await self._start_fetcher(
-                fetcher, [{"reference": str(self.reference), "credentials": self._first_credentials}]
+                fetcher, [{"reference": str(self.reference), "credentials": to_wire(self._first_credentials)}]
             )
             self._tree_fd, self.summary = await self._build.run(
                 self._worker, fetcher, manifest, self._area_fd, self.key.view.texts, str(self.key.verify)
@@ -171,7 +170,7 @@ class Mount:
         if self.leases or credentials == self._first_credentials:
             return
         self._first_credentials = credentials
-        await self._send_sources([{"reference": str(self.reference), "credentials": credentials}])
+        await self._send_sources([{"reference": str(self.reference), "credentials": to_wire(credentials)}])
 
     async def access(self, reference: Reference, credentials: Credentials) -> None:
         """Whether these credentials may read the model, asked of the registry itself.
@@ -446,18 +445,18 @@ class Mount:
                 )
 
     def _sources(self) -> list[dict[str, Any]]:
-        """One per origin that a volume names, with that volume's credentials: they go to no other. For each origin the
-        newest volume that has credentials decides, else the newest. There is more than one only where the origin is no
-        part of the key.
+        """One per origin that a volume names, with the credentials of the volumes that name it, the newest first: they go
+        to no other. There is more than one only where the origin is no part of the key.
         """
-        chosen: dict[str, Lease] = {}
-        for lease in self.leases.values():
-            held = chosen.get(lease.reference.origin)
-            if held is None or held.credentials is None or lease.credentials is not None:
-                chosen[lease.reference.origin] = lease
+        by_origin: dict[str, list[Lease]] = {}
+        for lease in reversed(self.leases.values()):
+            by_origin.setdefault(lease.reference.origin, []).append(lease)
         return [
-            {"reference": str(lease.reference.with_digest(self.key.digest)), "credentials": lease.credentials}
-            for lease in chosen.values()
+            {
+                "reference": str(leases[0].reference.with_digest(self.key.digest)),
+                "credentials": to_wire(within_limits(united(*(lease.credentials for lease in leases)))),
+            }
+            for leases in by_origin.values()
         ]
 
     def _on_notification(self, message: wire.Message) -> None:
@@ -507,7 +506,7 @@ async def resolve(
             settings.resolve_timeout_s + 5.0,
             layout_fds,
             reference=str(reference),
-            credentials=credentials,
+            credentials=to_wire(credentials),
             plain_http_hosts=list(settings.plain_http_hosts),
             registry_timeout_s=settings.resolve_timeout_s,
             prove=prove,

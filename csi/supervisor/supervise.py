@@ -11,11 +11,11 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
 from csi.control.keeper import KeeperClient
+from csi.credentials import Credentials, to_wire
 from csi.errors import (
     InvalidVolumeError,
     ModelMountError,
@@ -31,7 +31,7 @@ from csi.oci.reference import Reference
 from csi.oci.view import View
 from csi.supervisor.access import AccessRecords, Caller, Model
 from csi.supervisor.child import ChildPool, Role
-from csi.supervisor.mount import Credentials, Lease, Mount, resolve
+from csi.supervisor.mount import Lease, Mount, resolve
 from csi.supervisor.settings import SupervisorSettings
 from csi.volume import SHARED_DOMAIN, Prefetch, Verify, mount_key
 
@@ -355,18 +355,8 @@ class Supervisor:
 
 
 def _caller(credentials: Credentials, service_account: str) -> Caller:
-    return Caller(json.dumps(credentials, sort_keys=True) if credentials else "", service_account)
+    return Caller(json.dumps(to_wire(credentials)) if credentials else "", service_account)
 
 
 def _model(mount: Mount, reference: Reference) -> Model:
     return Model(mount.key.domain, reference.origin, mount.key.digest)
-
-
-def parse_credentials(value: Mapping[str, Any] | None) -> Credentials:
-    """Raises: InvalidVolumeError."""
-    if value is None:
-        return None
-    username, password = value.get("username"), value.get("password")
-    if not isinstance(username, str) or not isinstance(password, str):
-        raise InvalidVolumeError("credentials need username and password", field="secrets")
-    return {"username": username, "password": password}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import os
@@ -228,8 +229,19 @@ def test_credentials_are_needed_checked_and_used(
         error = refusal(lambda secrets=secrets: modelmount_node.publish(reference, target, secrets=secrets))
         assert error.code() is code
         assert_untouched(modelmount_node, target)
-    modelmount_node.publish(reference, target, secrets={"username": USERNAME, "password": PASSWORD})
+    login = base64.b64encode(f"{USERNAME}:{PASSWORD}".encode()).decode()
+    elsewhere = {".dockerconfigjson": json.dumps({"auths": {"elsewhere.example.com": {"auth": login}}})}
+    assert refusal(lambda: modelmount_node.publish(reference, target, secrets=elsewhere)).code() is (
+        grpc.StatusCode.UNAUTHENTICATED
+    )
+    auths = {
+        f"{private_registry.host}/team/private": {"username": USERNAME, "password": "rotated"},
+        f"https://{private_registry.host}/v2/": {"auth": login},
+    }
+    pull_secret = {".dockerconfigjson": json.dumps({"auths": auths})}
+    modelmount_node.publish(reference, target, secrets=pull_secret)
     assert (target / "config.json").read_bytes() == FILES["config.json"]
+    modelmount_node.publish(reference, target, secrets={"username": USERNAME, "password": PASSWORD})
     other = modelmount_node.target("other")
     error = refusal(lambda: modelmount_node.publish(reference, other, "vol-2"))
     assert error.code() is grpc.StatusCode.PERMISSION_DENIED, "a mounted private model is not a free one"

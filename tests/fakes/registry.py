@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qsl
 
 from csi.integrity import index
 from csi.integrity.index import BlobHashes
@@ -31,6 +32,7 @@ class Seen:
     path: str
     range: str | None
     authorization: str | None
+    form: str = ""
 
 
 @dataclass(slots=True)
@@ -62,6 +64,12 @@ class FakeRegistry:
         """
         self.tokens = tokens
         self.valid_tokens: set[str] = set()
+        self.identity_tokens: set[str] = set()
+        """Taken by the token service as refresh tokens."""
+        self.users: set[str] = set()
+        """Authorization headers of further users whom the token service knows."""
+        self.only_oauth = False
+        """The token service knows POST alone."""
         self.token_lifetime_s: float | None = 300
         self.realm: str | None = None
         """Named in the challenge; None for our own."""
@@ -83,6 +91,9 @@ class FakeRegistry:
             disable_nagle_algorithm = True  # headers and a small body would wait 40 ms for each other
 
             def do_GET(self) -> None:
+                registry._answer(self)
+
+            def do_POST(self) -> None:
                 registry._answer(self)
 
             def do_HEAD(self) -> None:
@@ -162,17 +173,19 @@ class FakeRegistry:
             return [seen for seen in self.seen if part in seen.path]
 
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
-        seen = Seen(request.path, request.headers.get("Range"), request.headers.get("Authorization"))
+        form = request.rfile.read(int(request.headers.get("Content-Length") or 0)).decode()
+        seen = Seen(request.path, request.headers.get("Range"), request.headers.get("Authorization"), form)
         with self._lock:
             self.seen.append(seen)
             fault = self._fault_for(request.path)
         if fault.stall_s:
             time.sleep(fault.stall_s)
-        if fault.redirect is not None:
-            return self._send(request, 307, {"Location": fault.redirect}, b"", fault)
         if fault.status is not None:
             return self._send(request, fault.status, fault.headers, fault.body or b"", fault)
+        away = {"Location": fault.redirect or ""}
         if request.path.startswith("/token"):
+            if fault.redirect is not None:
+                return self._send(request, 307, away, b"", fault)
             return self._give_token(request, seen, fault)
         if self.tokens:
             if (seen.authorization or "").removeprefix("Bearer ") not in self.valid_tokens:
@@ -182,6 +195,8 @@ class FakeRegistry:
                 return self._send(request, 401, {"WWW-Authenticate": challenge}, b"", fault)
         elif self._expected is not None and seen.authorization != self._expected:
             return self._send(request, 401, {"WWW-Authenticate": 'Basic realm="fake"'}, b"", fault)
+        if fault.redirect is not None:
+            return self._send(request, 307, away, b"", fault)
         path = request.path.partition("?")[0]
         if path in self.manifests:
             media_type, content = self.manifests[path]
@@ -198,12 +213,24 @@ class FakeRegistry:
         return self._send(request, 404, {}, json.dumps(error).encode(), fault)
 
     def _give_token(self, request: BaseHTTPRequestHandler, seen: Seen, fault: Fault) -> None:
-        if seen.authorization != self._expected:
+        if request.command == "POST":  # OAuth2
+            form = dict(parse_qsl(seen.form))
+            login = f"{form.get('username')}:{form.get('password')}"
+            is_right = (
+                form.get("refresh_token") in self.identity_tokens
+                if form["grant_type"] == "refresh_token"
+                else (self._expected == "Basic " + base64.b64encode(login.encode()).decode())
+            )
+            if not is_right:
+                return self._send(request, 400, {}, b'{"error":"invalid_grant"}', fault)
+        elif self.only_oauth:
+            return self._send(request, 405, {}, b"", fault)
+        elif seen.authorization != self._expected and seen.authorization not in self.users:
             return self._send(request, 401, {}, b"", fault)
         with self._lock:
             token = f"token-{len([one for one in self.seen if one.path.startswith('/token')])}"
             self.valid_tokens.add(token)
-        answer = {"token": token}
+        answer = {"access_token" if request.command == "POST" else "token": token}
         if self.token_lifetime_s is not None:
             answer |= {"expires_in": self.token_lifetime_s}  # type: ignore[dict-item]
         return self._send(request, 200, {"Content-Type": "application/json"}, json.dumps(answer).encode(), fault)

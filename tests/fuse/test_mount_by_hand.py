@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -87,6 +88,14 @@ def test_a_password_from_stdin(private_registry: RegistryProcess, tmp_path: Path
     assert nothing_is_left(tmp_path)
     assert run("mount", reference, str(tmp_path / "mnt"), *places, *login, given=PASSWORD).returncode == 0
     assert os.listdir(tmp_path / "mnt") == ["config.json"]
+    assert run("umount", str(tmp_path / "mnt"), *places).returncode == 0
+    assert nothing_is_left(tmp_path)
+    entry = {"auth": base64.b64encode(f"{USERNAME}:{PASSWORD}".encode()).decode()}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"auths": {private_registry.host: entry}}))
+    as_configured = ["--registry-config", str(config)]
+    assert run("push", str(tmp_path / "source"), reference, *as_configured).returncode == 0
+    assert run("mount", reference, str(tmp_path / "mnt"), *places, *as_configured).returncode == 0
     assert run("umount", str(tmp_path / "mnt"), *places).returncode == 0
     assert nothing_is_left(tmp_path)
 

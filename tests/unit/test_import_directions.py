@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
 VALUES: dict[str, set[str]] = {
     "errors": set(),
     "mountinfo": set(),
+    "credentials": {"errors"},
     "volume": {"oci", "errors"},
     "provisioned": set(),
     "redact": set(),

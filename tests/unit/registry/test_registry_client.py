@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from registry_process import PASSWORD, USERNAME, RegistryProcess
 from support.node_process import COMMAND
 
+from csi.credentials import Credential, Credentials
 from csi.errors import (
     DigestMismatchError,
     ModelMountError,
@@ -29,9 +30,10 @@ from csi.errors import (
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
 from csi.registry.address_rules import AddressRules, redact_url
-from csi.registry.auth import BasicAuthenticator, Credentials, parse_challenges
-from csi.registry.client import RegistrySource, parse_content_range, parse_retry_after
-from csi.registry.transport import Transport, TransportSettings
+from csi.registry.client import RegistrySource
+from csi.registry.headers import parse_challenges, parse_content_range, parse_retry_after
+from csi.registry.sources import SourceSettings, open_source
+from csi.registry.transport import TransportSettings
 
 CONTENT = os.urandom(3 << 20)
 
@@ -48,12 +50,16 @@ def close_sources() -> Iterator[None]:
     gc.collect()
 
 
-def source(host: str, credentials: Credentials | None = None, stall_s: float = 5.0) -> RegistrySource:
-    rules = AddressRules()
-    transport = Transport(rules, TransportSettings(stall_timeout_s=stall_s, connect_timeout_s=2.0))
-    reference = Reference.parse(f"{host}/team/model:v1")
-    _opened.append(RegistrySource(reference, rules, BasicAuthenticator(credentials), transport))
-    return _opened[-1]
+def source(host: str, credentials: Credentials = (), stall_s: float = 5.0) -> RegistrySource:
+    settings = SourceSettings(
+        rules=AddressRules(),
+        credentials=credentials,
+        transport=TransportSettings(stall_timeout_s=stall_s, connect_timeout_s=2.0),
+    )
+    opened = open_source(Reference.parse(f"{host}/team/model:v1"), settings)
+    assert isinstance(opened, RegistrySource)
+    _opened.append(opened)
+    return opened
 
 
 def read(registry: RegistrySource, digest: str, size: int, offset: int, length: int) -> bytes:
@@ -155,20 +161,20 @@ def test_an_idle_connection_the_server_closed_is_replaced_unseen(fake_registry: 
     assert read(registry, blob, len(CONTENT), 0, 10) == CONTENT[:10]
 
 
-def test_redirects_are_followed_once_per_blob_without_the_password(blob: str, fake_registry: FakeRegistry) -> None:
-    with FakeRegistry() as storage:
+def test_redirects_are_followed_once_per_blob_without_the_password(blob: str) -> None:
+    with FakeRegistry() as storage, FakeRegistry("ann", "pa55word") as private:
         storage.add_blob(CONTENT)
         signed = f"http://{storage.host}/signed/blobs/{blob}?signature=secret"
-        fake_registry.faults.append(Fault("blobs", redirect=signed, times=2))
-        registry = source(fake_registry.host, Credentials("ann", "pa55word"))
+        private.faults.append(Fault("blobs", redirect=signed, times=9))
+        registry = source(private.host, (Credential("ann", "pa55word"),))
         for offset in (0, 10, 20):
             assert read(registry, blob, len(CONTENT), offset, 10) == CONTENT[offset : offset + 10]
-        assert len(fake_registry.requests("blobs")) == 1, "the address is remembered"
-        assert fake_registry.seen[0].authorization is not None
+        asked = [seen.authorization is not None for seen in private.requests("blobs")]
+        assert asked == [False, True], "a password once it is wanted; the address is remembered"
         assert {seen.authorization for seen in storage.seen} == {None}
         storage.faults.append(Fault("signed", status=403))  # it expires
         assert read(registry, blob, len(CONTENT), 30, 10) == CONTENT[30:40]
-        assert len(fake_registry.requests("blobs")) == 2, "and asked for again once"
+        assert len(private.requests("blobs")) == 3, "and asked for again once"
         storage.faults.append(Fault("signed", status=500))
         with pytest.raises(RegistryUnavailableError) as caught:
             read(registry, blob, len(CONTENT), 0, 1)
@@ -255,7 +261,7 @@ def test_plain_http_is_for_loopback_and_listed_hosts(authority: str, scheme: str
 
 
 def test_credentials_never_show() -> None:
-    assert "secret" not in repr(Credentials("ann", "secret"))
+    assert "secret" not in repr(Credential("ann", "secret"))
     assert redact_url("https://u:p@h.io:1/x?sig=1#f") == "https://h.io:1/x"
 
 
@@ -293,9 +299,9 @@ def test_a_real_registry_serves_what_was_pushed(
 ) -> None:
     (tmp_path / "model.bin").write_bytes(CONTENT)
     blob = str(Digest.of(CONTENT))
-    logins: list[tuple[RegistryProcess, Callable[[], Credentials | None], list[str]]] = [
-        (docker_registry, lambda: None, []),
-        (private_registry, lambda: Credentials(USERNAME, PASSWORD), ["--username", USERNAME, "--password-stdin"]),
+    logins: list[tuple[RegistryProcess, Callable[[], Credentials], list[str]]] = [
+        (docker_registry, lambda: (), []),
+        (private_registry, lambda: (Credential(USERNAME, PASSWORD),), ["--username", USERNAME, "--password-stdin"]),
     ]
     for process, credentials, flags in logins:
         command = [*COMMAND, "push", str(tmp_path), f"{process.host}/team/model:v1", *flags]

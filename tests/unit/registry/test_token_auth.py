@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
+from urllib.parse import parse_qsl
 
 import pytest
 from fakes.registry import FakeRegistry, Fault
 
-from csi.errors import RegistryAuthError, RegistryUnavailableError
+from csi.credentials import Credential, Credentials
+from csi.errors import ModelMountError, RegistryAuthError, RegistryUnavailableError
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
 from csi.registry.address_rules import AddressRules
-from csi.registry.auth import Credentials
 from csi.registry.client import RegistrySource, base_url
 from csi.registry.sources import SourceSettings, open_source
 
 CONTENT = os.urandom(1 << 16)
-ANN = Credentials("ann", "pa55word")
+ANN = (Credential("ann", "pa55word"),)
 
 Open = Callable[..., RegistrySource]
 
@@ -28,7 +31,7 @@ Open = Callable[..., RegistrySource]
 def opened() -> Iterator[Open]:
     sources: list[RegistrySource] = []
 
-    def open_one(registry: FakeRegistry, credentials: Credentials | None = None) -> RegistrySource:
+    def open_one(registry: FakeRegistry, credentials: Credentials = ()) -> RegistrySource:
         reference = Reference.parse(f"{registry.host}/team/model:v1")
         source = open_source(reference, SourceSettings(rules=AddressRules(), credentials=credentials))
         assert isinstance(source, RegistrySource)
@@ -107,9 +110,9 @@ def test_a_token_is_renewed_before_it_ends_and_when_it_is_refused(registry: Fake
     assert len(registry.requests("/token")) == 4
 
 
-@pytest.mark.parametrize("credentials", [None, Credentials("ann", "wrong")])
+@pytest.mark.parametrize("credentials", [(), (Credential("ann", "wrong"),)])
 def test_wrong_credentials_are_said_and_not_tried_in_a_loop(
-    registry: FakeRegistry, opened: Open, credentials: Credentials | None
+    registry: FakeRegistry, opened: Open, credentials: Credentials
 ) -> None:
     with pytest.raises(RegistryAuthError) as caught:
         opened(registry, credentials).fetch_manifest("v1", None, 5.0)
@@ -119,7 +122,7 @@ def test_wrong_credentials_are_said_and_not_tried_in_a_loop(
 
 
 def test_new_credentials_are_used_at_once(registry: FakeRegistry, opened: Open) -> None:
-    source = opened(registry, Credentials("ann", "old"))
+    source = opened(registry, (Credential("ann", "old"),))
     with pytest.raises(RegistryAuthError):
         source.fetch_manifest("v1", None, 5.0)
     source.replace_credentials(ANN)
@@ -162,3 +165,120 @@ def test_no_redirect_takes_the_password_along(registry: FakeRegistry, opened: Op
 def test_docker_hub_has_its_api_elsewhere() -> None:
     assert base_url("docker.io", AddressRules()) == "https://registry-1.docker.io"
     assert base_url("quay.io", AddressRules()) == "https://quay.io"
+
+
+def test_an_identity_token_is_exchanged_by_post(registry: FakeRegistry, opened: Open) -> None:
+    registry.identity_tokens.add("refresh-canary")
+    source = opened(registry, (Credential(identity_token="refresh-canary"),))
+    source.fetch_manifest("v1", None, 5.0)
+    assert read(source) == CONTENT
+    (asked,) = registry.requests("/token")
+    assert asked.path == "/token", "the secret is in the body alone"
+    form = dict(parse_qsl(asked.form))
+    assert form == {
+        "grant_type": "refresh_token",
+        "refresh_token": "refresh-canary",
+        "service": "fake registry",
+        "scope": "repository:team/model:pull",
+        "client_id": "modelmount",
+    }
+
+
+def test_a_token_service_that_knows_only_oauth_gets_the_password_there(registry: FakeRegistry, opened: Open) -> None:
+    registry.only_oauth = True
+    assert read(opened(registry, ANN)) == CONTENT
+    assert [bool(asked.form) for asked in registry.requests("/token")] == [False, True]
+    with pytest.raises(RegistryAuthError) as caught:
+        read(opened(registry, (Credential("ann", "canary"),)))
+    assert "canary" not in str(caught.value)
+
+
+def test_a_registry_token_is_sent_as_it_is(registry: FakeRegistry, opened: Open) -> None:
+    registry.valid_tokens.add("given")
+    assert read(opened(registry, (Credential(registry_token="given"),))) == CONTENT
+    assert registry.requests("/token") == []
+    with pytest.raises(RegistryAuthError):
+        read(opened(registry, (Credential(registry_token="over"),)))
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_candidates_are_tried_in_turn_and_the_one_that_works_is_kept(opened: Open, tokens: bool) -> None:
+    with FakeRegistry("ann", "pa55word", tokens=tokens) as registry:
+        registry.add_model("team/model", "v1", {"a": CONTENT})
+        others = (Credential("ann", "old"), Credential(identity_token="over"), Credential(registry_token="over"))
+        source = opened(registry, (*others, *ANN))
+        source.fetch_manifest("v1", None, 5.0)
+        before = len(registry.seen)
+        assert read(source) == CONTENT
+        assert len(registry.seen) == before + 1
+        with pytest.raises(RegistryAuthError):
+            opened(registry, others).fetch_manifest("v1", None, 5.0)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_repository_one_credential_may_not_read_is_asked_for_with_the_next(
+    registry: FakeRegistry, opened: Open, status: int
+) -> None:
+    """The token service gives both a token; the registry refuses the first one's."""
+    registry.users.add("Basic " + base64.b64encode(b"bob:x").decode())
+    registry.faults.append(Fault("/blobs/", after=1, status=status))
+    assert read(opened(registry, (Credential("bob", "x"), *ANN))) == CONTENT
+    asked = [seen.authorization for seen in registry.requests("/token")]
+    assert len(set(asked)) == 2
+
+
+def test_a_token_is_renewed_ahead_while_others_use_the_old_one(registry: FakeRegistry, opened: Open) -> None:
+    registry.token_lifetime_s = 1.0
+    source = opened(registry, ANN)
+    assert read(source) == CONTENT
+    threading.Event().wait(0.85)  # past four fifths
+    registry.faults.append(Fault("/token", stall_s=0.5, times=1))
+    renewing = threading.Thread(target=read, args=(source,))
+    renewing.start()
+    while len(registry.requests("/token")) < 2:
+        threading.Event().wait(0.005)
+    registry.token_lifetime_s = 300
+    before = time.monotonic()
+    assert read(source) == CONTENT
+    waited_s = time.monotonic() - before
+    renewing.join()
+    assert len(registry.requests("/token")) == 2
+    assert registry.requests("/blobs/")[-2].authorization == registry.requests("/blobs/")[1].authorization, waited_s
+
+
+def test_a_service_that_is_down_does_not_break_a_token_that_is_still_good(registry: FakeRegistry, opened: Open) -> None:
+    registry.token_lifetime_s = 2.0
+    source = opened(registry, ANN)
+    assert read(source) == CONTENT
+    threading.Event().wait(1.65)
+    registry.faults.append(Fault("/token", status=503))
+    assert read(source) == CONTENT
+
+
+def test_replacing_credentials_never_waits_for_a_token_service(registry: FakeRegistry, opened: Open) -> None:
+    source = opened(registry, (Credential("ann", "old"),))
+    registry.faults.append(Fault("/token", stall_s=1.0))
+    outcomes: list[ModelMountError] = []
+
+    def fail() -> None:
+        try:
+            read(source)
+        except ModelMountError as exc:
+            outcomes.append(exc)
+
+    reading = threading.Thread(target=fail)
+    reading.start()
+    while not registry.requests("/token"):
+        threading.Event().wait(0.005)
+    source.replace_credentials(ANN)
+    assert reading.is_alive(), "it came back while the service was still thinking"
+    assert read(source) == CONTENT
+    reading.join()
+    assert all(isinstance(outcome, RegistryAuthError) for outcome in outcomes)
+
+
+def test_a_service_that_is_busy_says_when_to_come_back(registry: FakeRegistry, opened: Open) -> None:
+    registry.faults.append(Fault("/token", status=429, headers={"Retry-After": "7"}))
+    with pytest.raises(RegistryUnavailableError) as caught:
+        opened(registry, ANN).fetch_manifest("v1", None, 5.0)
+    assert caught.value.fields == {"status": 429, "retry_after_s": 7}
