@@ -11,7 +11,7 @@ HELM := $(or $(wildcard $(CURDIR)/.tools/k8s/helm),helm)
 E2E ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help need-root setup demo test test-fuse test-csi image e2e manifests bench lint fmt type proto proto-check check clean
+.PHONY: help need-root setup demo test test-fuse test-csi image e2e manifests docs bench lint fmt type proto proto-check check clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ endif
 
 manifests: ## render the plain manifests from the chart (needs helm)
 	@deploy/manifests/render $(HELM)
+
+docs: setup ## write the pages that are made from tables in the code
+	@$(BIN)/python docs/generate.py
 
 bench: need-root setup ## measure against curl and cat in the same run; writes bench.json (root)
 	@$(SUDO) $(BIN)/python tests/bench/run.py --directory .bench --tools .tools

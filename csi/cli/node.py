@@ -62,6 +62,17 @@ def add_parser(subparsers: Any) -> None:
         help="serve the Controller service at the same socket too, its volumes kept as files below --data-dir; for one "
         "node without Kubernetes (in a cluster run 'modelmount controller')",
     )
+    parser.add_argument(
+        "--remove-startup-taint",
+        action="store_true",
+        help="take the taint csi.modelmount.dev/agent-not-ready from the node once kubelet has registered the driver "
+        "(needs a service account that may patch nodes)",
+    )
+    parser.add_argument(
+        "--metrics-address",
+        metavar="HOST:PORT",
+        help="serve Prometheus metrics (/metrics, docs/metrics.md) and health (/healthz) there (default: nowhere)",
+    )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     supervisor.add_flags(parser)
     parser.set_defaults(run=run)
@@ -93,6 +104,13 @@ def run(args: argparse.Namespace) -> int:
         from csi.cli.controller import make_provisioner
 
         provisioner = make_provisioner(os.path.join(args.data_dir, "volumes"), None, args.plain_http_host)
+    remove_startup_taint = None
+    if args.remove_startup_taint:
+        from csi.driver.sockets import DRIVER_NAME
+        from csi.kube.api import connect
+        from csi.kube.taint import StartupTaint
+
+        remove_startup_taint = StartupTaint(connect(), args.node_id, DRIVER_NAME).remove_if_registered
     asyncio.run(
         serve(
             NodeSettings(
@@ -104,8 +122,10 @@ def run(args: argparse.Namespace) -> int:
                 registration_dir=args.registration_dir,
                 kubelet_endpoint=args.kubelet_endpoint,
                 sharing=Sharing(args.sharing),
+                metrics_address=args.metrics_address,
             ),
             provisioner,
+            remove_startup_taint,
         )
     )
     return 0

@@ -125,6 +125,8 @@ def run_tree(args: argparse.Namespace) -> int:
                 f"--sharing={args.sharing}",
                 *([f"--registration-dir={args.registration_dir}"] if args.registration_dir else ["--no-registration"]),
                 *([f"--kubelet-endpoint={args.kubelet_endpoint}"] if args.kubelet_endpoint else []),
+                *([f"--metrics-address={args.metrics_address}"] if args.metrics_address else []),
+                *(["--remove-startup-taint"] if args.remove_startup_taint else []),
                 *(["--with-controller"] if args.with_controller else []),
                 *(f"--plain-http-host={host}" for host in args.plain_http_host),
                 f"--log-level={args.log_level}",

@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 
 import grpc
 
+from csi.driver.exporter import count_call
 from csi.driver.requests import described
 from csi.driver.status_map import status_of
 from csi.errors import InvalidVolumeError, ModelMountError
+from csi.observe import logs
 from csi.redact import scrub
 
 log = logging.getLogger(__name__)
@@ -34,23 +36,29 @@ def rpc(
     @functools.wraps(handler)
     async def handled(self: Any, request: Any, context: grpc.aio.ServicerContext) -> _Reply:
         started = time.monotonic()
-        extra = {"rpc": handler.__name__, "volume_id": getattr(request, "volume_id", None)}
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s %s", handler.__name__, described(request), extra=extra)
-        try:
-            reply = await handler(self, request, context)
-        except ModelMountError as exc:
-            code = status_of(exc)
-            log.warning("%s: %s: %s", handler.__name__, code.name, exc, extra=extra)
-            await context.abort(code, scrub(str(exc)))
-            raise AssertionError("unreachable: abort raises") from exc
-        except grpc.aio.AbortError:
-            raise
-        except Exception as exc:
-            log.exception("%s failed by a bug", handler.__name__, extra=extra)
-            await context.abort(grpc.StatusCode.INTERNAL, f"internal error ({type(exc).__name__}); see the node's log")
-            raise AssertionError("unreachable: abort raises") from exc
-        log.debug("%s: OK in %.1f ms", handler.__name__, (time.monotonic() - started) * 1000, extra=extra)
+        code = grpc.StatusCode.CANCELLED  # what is left when the caller gives up
+        with logs.context(rpc=handler.__name__, volume_id=getattr(request, "volume_id", None)):
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("%s %s", handler.__name__, described(request))
+            try:
+                reply = await handler(self, request, context)
+                code = grpc.StatusCode.OK
+            except ModelMountError as exc:
+                code = status_of(exc)
+                log.warning("%s: %s: %s", handler.__name__, code.name, exc)
+                await context.abort(code, scrub(str(exc)))
+                raise AssertionError("unreachable: abort raises") from exc
+            except grpc.aio.AbortError:
+                code = context.code()
+                raise
+            except Exception as exc:
+                code = grpc.StatusCode.INTERNAL
+                log.exception("%s failed by a bug", handler.__name__)
+                await context.abort(code, f"internal error ({type(exc).__name__}); see the node's log")
+                raise AssertionError("unreachable: abort raises") from exc
+            finally:
+                count_call(handler.__name__, code.name, time.monotonic() - started)
+            log.debug("%s: OK in %.1f ms", handler.__name__, (time.monotonic() - started) * 1000)
         return reply
 
     return handled

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
@@ -16,6 +17,7 @@ from csi.control.keeper import KeeperClient
 from csi.control.supervisor import SupervisorClient
 from csi.driver.controller import ControllerService
 from csi.driver.dependencies import KeeperWatch
+from csi.driver.exporter import Exporter, NodeCollector
 from csi.driver.identity import IdentityService
 from csi.driver.node import NodeService
 from csi.driver.provisioner import Provisioner
@@ -48,6 +50,8 @@ class NodeSettings:
     registration_dir: str | None = None
     kubelet_endpoint: str | None = None
     sharing: Sharing = Sharing.SHARED
+    metrics_address: str | None = None
+    """`host:port` for Prometheus and kubelet's probe; None for no endpoint."""
 
 
 def open_publisher(state_dir: str, data_dir: str) -> Publisher:
@@ -62,8 +66,15 @@ def open_publisher(state_dir: str, data_dir: str) -> Publisher:
     )
 
 
-async def serve(settings: NodeSettings, provisioner: Provisioner | None = None) -> None:
-    """Serve Identity and Node, and Controller where there is a provisioner, until SIGTERM or SIGINT. Publications stay."""
+async def serve(
+    settings: NodeSettings,
+    provisioner: Provisioner | None = None,
+    remove_startup_taint: Callable[[], bool] | None = None,
+) -> None:
+    """Serve Identity and Node, and Controller where there is a provisioner, until SIGTERM or SIGINT. Publications stay.
+
+    `remove_startup_taint` is called, in a thread, until it says that the node has none.
+    """
     path = endpoint_path(settings.endpoint)
     clear_socket(path)
     publisher = open_publisher(settings.state_dir, settings.data_dir)
@@ -79,11 +90,18 @@ async def serve(settings: NodeSettings, provisioner: Provisioner | None = None) 
         csi_pb2_grpc.add_ControllerServicer_to_server(ControllerService(provisioner), server)
     await _listen(server, path)
     log.info("CSI node service at %s", path)
+    exporter = None
+    if settings.metrics_address is not None:
+        collector = NodeCollector(settings.state_dir, settings.data_dir, settings.version)
+        exporter = Exporter(settings.metrics_address, collector)
+        exporter.start()
     registration = None
     if settings.registration_dir is not None:
         registration = Registration(settings.registration_dir, settings.kubelet_endpoint or path)
         await registration.start()
     background = [asyncio.create_task(_recover(publisher, recovered)), asyncio.create_task(keeper.run())]
+    if remove_startup_taint is not None:
+        background.append(asyncio.create_task(_until_taint_is_gone(remove_startup_taint)))
     try:
         await _told_to_stop()
     finally:
@@ -92,6 +110,8 @@ async def serve(settings: NodeSettings, provisioner: Provisioner | None = None) 
         if registration is not None:
             await registration.stop()
         await _stop(server, path)
+        if exporter is not None:
+            await asyncio.to_thread(exporter.stop)
 
 
 async def serve_controller(endpoint: str, version: str, provisioner: Provisioner) -> None:
@@ -129,6 +149,22 @@ async def _stop(server: grpc.aio.Server, path: str) -> None:
     await server.stop(_STOP_GRACE_S)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+
+
+async def _until_taint_is_gone(remove_startup_taint: Callable[[], bool]) -> None:
+    delay_s = 0.5
+    while True:
+        try:
+            if await asyncio.to_thread(remove_startup_taint):
+                log.info("the node has no startup taint (any more)")
+                return
+        except ControlError as exc:
+            log.warning("the startup taint stays for now: %s", exc)
+            delay_s = min(30.0, delay_s * 2)
+        except Exception:
+            log.exception("removing the startup taint failed by a bug")
+            return
+        await asyncio.sleep(delay_s)
 
 
 async def _recover(publisher: Publisher, recovered: asyncio.Event) -> None:

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import json
 import logging
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from csi.redact import scrub
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
+_NO_CONTEXT: MappingProxyType[str, object] = MappingProxyType({})
+_context: contextvars.ContextVar[Mapping[str, object]] = contextvars.ContextVar(
+    "modelmount_log_context", default=_NO_CONTEXT
+)
+
+
+@contextlib.contextmanager
+def context(**fields: object) -> Iterator[None]:
+    """Every record of this task (and of the tasks and threads it starts) carries these fields. None is left out."""
+    given = {key: value for key, value in fields.items() if value is not None}
+    token = _context.set({**_context.get(), **given})
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
 class JsonFormatter(logging.Formatter):
-    """`time level role message` and whatever was given as `extra`."""
+    """`time level role message`, the context, and whatever was given as `extra`."""
 
     def __init__(self, role: str) -> None:
         super().__init__()
@@ -28,6 +49,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        line.update(_context.get())
         line |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)

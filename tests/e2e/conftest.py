@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from e2e.api import KubernetesApi
 from e2e.helm import ROOT, Helm
 from e2e.local_cluster import ADDRESS, LocalCluster
@@ -96,6 +98,8 @@ def values(cluster: KubernetesApi, registry_host: str) -> dict[str, Any]:
     values: dict[str, Any] = {
         "image": {"repository": repository, "tag": tag, "pullPolicy": cluster.pull_policy},
         "fetch.plainHTTPHosts": [registry_host],
+        "controller.provisioner.enabled": not cluster.is_local,  # its image is not to be had everywhere
+        "storageClasses": [{"name": "models", "allowedRepositories": [f"{registry_host}/team/*"]}],
         "fetch.readDeadlineSeconds": 20,  # an outage ends within a test's time
     }
     if isinstance(cluster, LocalCluster):
@@ -140,8 +144,12 @@ def clean(cluster: KubernetesApi, release: Helm) -> Iterator[None]:
     for plural in ("deployments",):
         for found in cluster.request("GET", f"/apis/apps/v1/namespaces/default/{plural}")["items"]:
             cluster.request("DELETE", f"/apis/apps/v1/namespaces/default/{plural}/{found['metadata']['name']}")
-    for pod in cluster.request("GET", "/api/v1/namespaces/default/pods")["items"]:
-        cluster.delete_pod(pod["metadata"]["name"])
+    names = [pod["metadata"]["name"] for pod in cluster.request("GET", "/api/v1/namespaces/default/pods")["items"]]
+    for name in names:
+        with contextlib.suppress(requests.HTTPError):  # gone already
+            cluster.request("DELETE", f"/api/v1/namespaces/default/pods/{name}")
+    for name in names:
+        cluster.wait_gone(name, 60)
     cluster.wait("every mount of the driver to end", lambda: cluster.status() == [], 30)
     if isinstance(cluster, LocalCluster):
         cluster.wait("every mount to be gone", lambda: cluster.models_mounted() == [], 30)

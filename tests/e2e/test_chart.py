@@ -24,6 +24,20 @@ EVERYTHING: dict[str, Any] = {
     "podLabels": {"example.com/c": "d"},
     "supervisor.hostNetwork": True,
     "node.registrar.enabled": True,
+    "node.removeStartupTaint": True,
+    "controller.readSecrets": True,
+    "storageClasses": [
+        {"name": "by-claim", "allowedRepositories": ["registry.example.com/team/*"], "verify": "chunk"},
+        {
+            "name": "one-model",
+            "reference": "registry.example.com/team/model:v1",
+            "provisionerSecret": {"name": "pull", "namespace": "default"},
+            "nodePublishSecret": {"name": "pull", "namespace": "default"},
+        },
+    ],
+    "networkPolicy.enabled": True,
+    "networkPolicy.registryEgress": [{"to": [{"ipBlock": {"cidr": "192.0.2.0/24"}}]}],
+    "networkPolicy.metricsFrom": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}],
     "serviceAccounts.annotations": {"example.com/role": "reader"},
 }
 
@@ -51,6 +65,7 @@ def test_lint_finds_nothing(chart_helm: Helm, values: dict[str, Any]) -> None:
         ("kubeletDir", "/" + "long/" * 20 + "x", "kubeletDir"),
         ("image.digest", "latest", "digest"),
         ("logLevel", "loud", "logLevel"),
+        ("storageClasses", [{"name": "open-to-all"}], "storageClasses"),
         ("tokenRequests", [{"expirationSeconds": 3600}], "audience"),
     ],
 )
@@ -87,22 +102,25 @@ def test_only_the_keeper_is_privileged(chart_helm: Helm) -> None:
 def test_every_container_has_a_read_only_root_and_limits(chart_helm: Helm) -> None:
     rendered = template(chart_helm, EVERYTHING)
     containers = len(re.findall(r"^ +image: ", rendered, re.MULTILINE))
-    assert containers == 4
+    assert containers == 6
     for what in ("readOnlyRootFilesystem: true", "limits:", "requests:"):
         assert rendered.count(what) == containers, what
 
 
-def test_the_commands_accept_the_flags_the_chart_gives_them(chart_helm: Helm) -> None:
+@pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["defaults", "everything"])
+def test_the_commands_accept_the_flags_the_chart_gives_them(chart_helm: Helm, values: dict[str, Any]) -> None:
     """Parsed by the very parsers, so that a flag that is renamed fails here and not on a node."""
     from csi.cli.main import build_parser
 
-    documents = template(chart_helm, EVERYTHING | {"node.registrar.enabled": False}).split("\n---\n")
+    documents = template(chart_helm, values).split("\n---\n")
     parsed = []
     for document in documents:
         for found in re.findall(r"^          args:\n((?:            (?:- |#).*\n)+)", document, re.MULTILINE):
             arguments = [line[14:] for line in found.splitlines() if line.startswith("            - ")]
+            if arguments[0].startswith("-"):
+                continue  # a sidecar's
             parsed.append(build_parser([arguments[0]]).parse_args(arguments).verb)
-    assert sorted(parsed) == ["keeper", "node", "supervisor"]
+    assert sorted(parsed) == ["controller", "keeper", "node", "supervisor"]
 
 
 def test_the_plain_manifests_are_what_the_chart_renders(helm_binary: str) -> None:

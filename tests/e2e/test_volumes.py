@@ -6,10 +6,12 @@ import base64
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from e2e.api import KubernetesApi
 from e2e.local_cluster import ADDRESS, LocalCluster
 from e2e.models import HASH, MOUNTS, Model, claim_of, inline, persistent_volume
+from e2e.provisioner import provision, unprovision
 from registry_process import PASSWORD, USERNAME, RegistryProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), pytest.mark.usefixtures("clean")]
@@ -37,6 +39,72 @@ def test_two_versions_side_by_side_as_claims_of_persistent_volumes(cluster: Kube
     for version in ("v1", "v2"):
         cluster.request("DELETE", f"/api/v1/namespaces/default/persistentvolumeclaims/model-{version}")
         cluster.request("DELETE", f"/api/v1/persistentvolumes/model-{version}")
+
+
+def test_a_claim_per_version_names_its_model_by_an_annotation(
+    cluster: KubernetesApi, local_cluster: LocalCluster, model: Model
+) -> None:
+    """Two claims, two versions, in one pod; the tag is resolved once, by the controller.
+
+    The calls of external-provisioner are made by the suite (provisioner.py), everything else is the chart's.
+    """
+    claims = "/api/v1/namespaces/default/persistentvolumeclaims"
+    names = {}
+    for version in ("v1", "v2"):
+        claim = {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {
+                "name": version,
+                "annotations": {"csi.modelmount.dev/reference": f"{model.repository}:{version}"},
+            },
+            "spec": {
+                "accessModes": ["ReadOnlyMany"],
+                "storageClassName": "models",
+                "resources": {"requests": {"storage": "1Gi"}},
+            },
+        }
+        names[version] = provision(local_cluster, cluster.request("POST", claims, claim))
+    volumes = [{"name": v, "persistentVolumeClaim": {"claimName": v, "readOnly": True}} for v in ("v1", "v2")]
+    mounts = [{"name": v, "mountPath": f"/{v}"} for v in ("v1", "v2")]
+    command = (
+        "for v in v1 v2; do sha256sum < /$v/weights/model.safetensors | cut -d' ' -f1 >> /dev/termination-log; done"
+    )
+    cluster.run_pod("claims", command, volumes, mounts)
+    assert cluster.result("claims") == (0, f"{model.digests['v1']}\n{model.digests['v2']}")
+    listed = cluster.request("GET", "/apis/csi.modelmount.dev/v1alpha1/modelvolumes")["items"]
+    assert {item["spec"]["volumeName"]: item["spec"]["digest"] for item in listed} == {
+        names[version]: model.references[version].rpartition("@")[2] for version in ("v1", "v2")
+    }
+    cluster.delete_pod("claims")
+    for version in ("v1", "v2"):
+        cluster.request("DELETE", f"{claims}/{version}")
+        unprovision(local_cluster, names[version])
+    assert cluster.request("GET", "/apis/csi.modelmount.dev/v1alpha1/modelvolumes")["items"] == []
+
+
+def test_a_claim_cannot_name_a_repository_its_class_does_not_list(
+    cluster: KubernetesApi, local_cluster: LocalCluster, registry_host: str
+) -> None:
+    claims = "/api/v1/namespaces/default/persistentvolumeclaims"
+    claim = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {
+            "name": "foreign",
+            "annotations": {"csi.modelmount.dev/reference": f"{registry_host}/other/model:v1"},
+        },
+        "spec": {
+            "accessModes": ["ReadOnlyMany"],
+            "storageClassName": "models",
+            "resources": {"requests": {"storage": "1Gi"}},
+        },
+    }
+    created = cluster.request("POST", claims, claim)
+    with pytest.raises(grpc.RpcError) as refused:
+        provision(local_cluster, created)
+    assert "allowedRepositories" in refused.value.details()
+    cluster.request("DELETE", f"{claims}/foreign")
 
 
 def test_a_sub_path_of_a_file_and_of_a_directory(cluster: KubernetesApi, model: Model) -> None:

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "worker": {"fuse", "cache", "control", "tree", "stream", "oci"},
     "supervisor": {"cache", "control", "fuse", "oci"},
     "kube": set(),
-    "driver": {"cache", "control", "oci", "wire"},
+    "driver": {"cache", "control", "observe", "oci", "wire"},
     "cli": {
         "control", "driver", "fetcher", "fuse", "integrity", "jail", "keeper", "kube", "observe",
         "oci", "registry", "stream", "supervisor", "tree", "worker",
@@ -48,6 +48,7 @@ VALUES: dict[str, set[str]] = {
 # third-party module → the only packages that may import it
 ONLY_IN: dict[str, set[str]] = {
     "grpc": {"driver", "wire"},
+    "prometheus_client": {"driver"},
     "google": {"wire", "integrity", "driver"},
     "blake3": {"integrity"},
     "pyfuse3": {"fuse"},
