@@ -6,10 +6,15 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from fakes.registry import FakeRegistry
 from registry_process import RegistryProcess, RegistryUnavailableHereError, find_or_install_registry
 from support.node_process import NodeProcess, is_root, mounts_below
+
+# No test fails on a time: hypothesis gives an example 200 ms unless told otherwise.
+hypothesis.settings.register_profile("modelmount", deadline=None)
+hypothesis.settings.load_profile("modelmount")
 
 ROOT = Path(__file__).resolve().parent.parent
 
