@@ -103,7 +103,7 @@ class Supervisor:
             else:
                 mount = await self._create(wanted, verify, prefetch, view, credentials, domain)
                 self._access.grant(_model(mount, wanted), caller)
-        if not mount.leases:
+        if mount.kept is None:  # new, or made again for the leases of one that was lost
             await self._until_ready(mount, credentials)
         if mount.key.verify is Verify.EAGER and not mount.leases:
             await self._until_verified(mount)

@@ -250,21 +250,21 @@ def test_credentials_are_needed_checked_and_used(
 
 def test_a_manifest_that_is_not_a_model_is_refused(modelmount_node: NodeProcess, fake_registry: FakeRegistry) -> None:
     layer = {
-        "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
+        "mediaType": "application/vnd.cncf.helm.chart.content.v1.tar+gzip",
         "digest": fake_registry.add_blob(b"x"),
         "size": 1,
     }
     config = {
-        "mediaType": "application/vnd.oci.image.config.v1+json",
+        "mediaType": "application/vnd.cncf.helm.config.v1+json",
         "digest": fake_registry.add_blob(b"{}"),
         "size": 2,
     }
     content = json.dumps({"schemaVersion": 2, "mediaType": MANIFEST_TYPE, "config": config, "layers": [layer]}).encode()
-    fake_registry.add_manifest("team/image", "v1", content)
+    fake_registry.add_manifest("team/chart", "v1", content)
     target = modelmount_node.target()
-    error = refusal(lambda: modelmount_node.publish(f"{fake_registry.host}/team/image:v1", target))
+    error = refusal(lambda: modelmount_node.publish(f"{fake_registry.host}/team/chart:v1", target))
     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert "application/vnd.oci.image.layer.v1.tar+gzip" in error.details()
+    assert "application/vnd.cncf.helm.chart.content.v1.tar+gzip" in error.details()
     assert_untouched(modelmount_node, target)
 
 
