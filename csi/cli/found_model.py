@@ -1,7 +1,7 @@
-"""A model looked at from the command line: its manifest, plan and tree, read in this process, nothing pulled.
+"""A model looked at from the command line: its manifest, plan and tree, read in this process, nothing kept.
 
 The decisions are those of a mount (`csi.oci.formats`, `csi.tree.assemble`); only the reading is simpler: one thread, no
-cache. Of archives that are not compressed the headers are read by small ranges.
+cache. Of archives that are not compressed the headers are read by small ranges; compressed ones can only be read whole.
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 
 from csi.cli import login
+from csi.cli.sizes import size_text
 from csi.credentials import Credentials
-from csi.errors import DigestMismatchError, InvalidVolumeError, SizeMismatchError, UnsupportedModelError
+from csi.errors import ContentError, DigestMismatchError, InvalidVolumeError, SizeMismatchError, UnsupportedModelError
 from csi.oci.archive import tar
+from csi.oci.archive.gzip import GzipDecoder
+from csi.oci.archive.points import Decoder, check_ratio
+from csi.oci.archive.stream import TarStream
 from csi.oci.archive.table import MemberTable
+from csi.oci.archive.zstd import ZstdDecoder
 from csi.oci.descriptor import Descriptor
 from csi.oci.digest import Digest
 from csi.oci.formats import index, kitops
@@ -33,7 +38,13 @@ from csi.tree.assemble import assemble
 from csi.tree.model import TreeContent
 
 _TIMEOUT_S = 30.0
+READ_LIMIT_BYTES = 1_000_000_000
+"""Of compressed layers, for a list; a minute at a usual connection's speed."""
 _READ_BYTES = 256 * 1024  # one request for headers that lie close together
+_PIECE_BYTES = 256 * 1024
+_FIRST_BYTES = 64 * 1024  # the first header, after whatever extended headers it has
+_MAX_SHOWN = 8
+_DECODERS: dict[Packing, Callable[[str], Decoder]] = {Packing.TAR_GZIP: GzipDecoder, Packing.TAR_ZSTD: ZstdDecoder}
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
@@ -116,27 +127,36 @@ class ModelFinder:
             plan = kitops.with_parent(plan, self._plan_of(parent, source), reference.origin)
         return plan
 
-    def tree(self, plan: ModelPlan, view: View, warnings: list[str]) -> TreeContent:
+    def tree(self, plan: ModelPlan, view: View, warnings: list[str], *, read_all: bool = False) -> TreeContent:
         """The tree a volume would show.
 
-        Raises: UnsupportedModelError also for compressed layers, which nobody can list without reading all of them.
+        Raises: UnsupportedModelError also for compressed layers of more than READ_LIMIT_BYTES together, which nobody can
+        list without reading all of them, unless `read_all`.
         """
-        unread = [
-            f"layers[{position}] ({layer.packing}, {layer.descriptor.size_bytes} bytes)"
+        compressed = {
+            f"layers[{position}] ({layer.packing}, {size_text(layer.descriptor.size_bytes)})": layer.descriptor.size_bytes
             for position, layer in enumerate(plan.layers)
-            if layer.packing in (Packing.TAR_GZIP, Packing.TAR_ZSTD)
-        ]
-        if unread:
-            raise UnsupportedModelError(
-                f"{self._reference}: {', '.join(unread[:8])}{', …' if len(unread) > 8 else ''} must be read whole to be "
-                "listed; 'modelmount inspect' shows what is known without"
-            )
-        members = {
-            position: self._members(layer, f"layers[{position}]")
-            for position, layer in enumerate(plan.layers)
-            if layer.packing is Packing.TAR
+            if layer.packing in _DECODERS and not layer.maybe_file
         }
-        return assemble(plan, members, view=view, warn=warnings.append)
+        if sum(compressed.values()) > READ_LIMIT_BYTES and not read_all:
+            shown = ", ".join(list(compressed)[:_MAX_SHOWN]) + (", …" if len(compressed) > _MAX_SHOWN else "")
+            raise UnsupportedModelError(
+                f"{self._reference}: {shown} can only be listed by reading all of it; do that with --read-all, or see what is "
+                "known without with 'modelmount inspect'"
+            )
+        layers = list(plan.layers)
+        members: dict[int, MemberTable] = {}
+        decoded_bytes: dict[int, int] = {}
+        for position, layer in enumerate(layers):
+            what = f"layers[{position}]"
+            if layer.maybe_file:
+                layers[position] = layer = layer.settle(self._first_member(layer, what))
+            if layer.packing is Packing.TAR:
+                members[position] = self._members(layer, what)
+            elif layer.packing in _DECODERS:
+                members[position], decoded_bytes[position] = self._decoded_members(layer, what)
+        settled = replace(plan, layers=tuple(layers))
+        return assemble(settled, members, decoded_bytes=decoded_bytes, view=view, warn=warnings.append)
 
     def close(self) -> None:
         """Close every connection."""
@@ -172,6 +192,28 @@ class ModelFinder:
         source = self._source_of(layer)
         window = _Window(source, layer.descriptor)
         return tar.members_of(window.read, layer.descriptor.size_bytes, what)
+
+    def _decoded_members(self, layer: LayerPlan, what: str) -> tuple[MemberTable, int]:
+        """Reads and checks the whole layer."""
+        blob = layer.descriptor
+        decoder, stream, hasher = _DECODERS[layer.packing](what), TarStream(what), blob.digest.hasher()
+        for data in _pieces(self._source_of(layer), blob):
+            hasher.update(data)
+            decoder.feed(data, stream.feed)
+            check_ratio(decoder.decoded_bytes, blob.size_bytes, what)
+        _check_digest(blob.digest, hasher.hexdigest())
+        decoder.finish()
+        return stream.finish(), decoder.decoded_bytes
+
+    def _first_member(self, layer: LayerPlan, what: str) -> str | None:
+        """None when its first bytes are no archive."""
+        size_bytes = min(layer.descriptor.size_bytes, _FIRST_BYTES)
+        data = _read_range(self._source_of(layer), layer.descriptor, 0, size_bytes) if size_bytes else b""
+        plain, table = bytearray(), MemberTable()
+        with suppress(ContentError):  # no archive at all, or more of it than the first bytes
+            _DECODERS[layer.packing](what).feed(data, plain.extend)
+            tar.drive(tar.scan(what, table), lambda offset, length: bytes(plain[offset : offset + length]))
+        return table[0].path if len(table) else None
 
     def _source_of(self, layer: LayerPlan) -> ModelSource:
         return self._sources[layer.origin] if layer.origin else self.source
@@ -221,15 +263,34 @@ def _read_blob(source: ModelSource, blob: Descriptor, limit_bytes: int) -> bytes
             subject=str(blob.digest),
         )
     data = _read_range(source, blob, 0, blob.size_bytes) if blob.size_bytes else b""
-    actual = Digest.of(data, blob.digest.algorithm)
-    if actual != blob.digest:
-        raise DigestMismatchError(
-            f"blob {blob.digest.short()}: its bytes have digest {actual.short()}; the registry's storage is damaged",
-            expected=str(blob.digest),
-            actual=str(actual),
-            subject=str(blob.digest),
-        )
+    _check_digest(blob.digest, Digest.of(data, blob.digest.algorithm).hex)
     return data
+
+
+def _pieces(source: ModelSource, blob: Descriptor) -> Iterator[memoryview]:
+    """The whole blob, in order; a piece is good until the next."""
+    buffer = memoryview(bytearray(_PIECE_BYTES))
+    if not blob.size_bytes:
+        return
+    reader = source.open_range(blob.digest, blob.size_bytes, 0, blob.size_bytes)
+    try:
+        for offset in range(0, blob.size_bytes, _PIECE_BYTES):
+            piece = buffer[: min(_PIECE_BYTES, blob.size_bytes - offset)]
+            reader.readinto(piece)
+            yield piece
+    finally:
+        reader.close()
+
+
+def _check_digest(expected: Digest, actual_hex: str) -> None:
+    if actual_hex != expected.hex:
+        actual = Digest(expected.algorithm, actual_hex)
+        raise DigestMismatchError(
+            f"blob {expected.short()}: its bytes have digest {actual.short()}; the registry's storage is damaged",
+            expected=str(expected),
+            actual=str(actual),
+            subject=str(expected),
+        )
 
 
 @contextmanager

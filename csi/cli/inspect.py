@@ -17,11 +17,17 @@ from csi.oci.manifest import IndexEntry
 from csi.oci.modelpack import index_layer_of
 from csi.tree.model import EntryKind, TreeContent
 
-_MODES = {Packing.RAW: "streamed", Packing.TAR: "indexed", Packing.TAR_GZIP: "decoded", Packing.TAR_ZSTD: "decoded"}
+# As `modelmount status` calls them; what a tar+zstd layer allows shows only when it is read.
+_MODES = {
+    Packing.RAW: "streamed",
+    Packing.TAR: "streamed",
+    Packing.TAR_GZIP: "indexed",
+    Packing.TAR_ZSTD: "indexed or spooled",
+}
 _MODE_TEXTS = {
-    "streamed": "streamed as it is",
-    "indexed": "streamed, after its headers were read by small ranges",
-    "decoded": "read whole before the first mount, then decoded where it is read",
+    "streamed": "nothing but headers of archives is read before the mount",
+    "indexed": "read once before the first mount, then decoded where it is read",
+    "indexed or spooled": "read once before the first mount, then decoded where its frames allow it, else from a decoded copy",
 }
 _KINDS = {EntryKind.FILE: "file", EntryKind.DIRECTORY: "directory", EntryKind.SYMLINK: "symlink"}
 _MAX_ANNOTATION = 100
@@ -42,10 +48,14 @@ def add_parser(subparsers: Any) -> None:
     listing = subparsers.add_parser(
         "ls",
         help="list the files a reference would mount as, without pulling it",
-        description="List the tree of a model. Layers that are files need no reading, plain archives only their headers.",
+        description="List the tree of a model. Layers that are files need no reading, plain archives only their headers; "
+        "compressed archives are read through, and nothing of them is kept.",
     )
     add_source_flags(listing)
     add_view_flags(listing)
+    listing.add_argument(
+        "--read-all", action="store_true", help="read compressed layers of any size (default: up to 1 GB together)"
+    )
     for parser in (inspect, listing):
         parser.add_argument(
             "--output", choices=["text", "json"], default="text", help="what stdout gets (default: text)"
@@ -76,7 +86,7 @@ def run_ls(args: argparse.Namespace) -> int:
         found = finder.find(view.variant)
         if found.undecided is not None:
             raise found.undecided
-        tree = finder.tree(finder.plan(found), view, warnings)
+        tree = finder.tree(finder.plan(found), view, warnings, read_all=args.read_all)
     assert found.manifest_bytes is not None
     if args.output == "json":
         entries = _entries(tree)
@@ -189,7 +199,7 @@ def _inspect_lines(described: dict[str, Any]) -> list[str]:
     for mode in dict.fromkeys(layer["mode"] for layer in layers):
         chosen = [layer for layer in layers if layer["mode"] == mode]
         total = sum(layer["size_bytes"] for layer in chosen)
-        lines.append(f"  {mode:9} {len(chosen)} layers, {size_text(total)}: {_MODE_TEXTS[mode]}")
+        lines.append(f"  layers    {len(chosen)} {mode}, {size_text(total)}: {_MODE_TEXTS[mode]}")
     lines += [f"  parent    {parent}" for parent in model["parents"]]
     lines += [f"  {'annotated':9} {_shown(key)}={_shown(text)}" for key, text in sorted(model["annotations"].items())]
     for layer in layers:

@@ -23,6 +23,7 @@ from csi.oci.archive import layer_index, tar
 from csi.oci.archive.gzip import GzipDecoder
 from csi.oci.archive.layer_index import Access, LayerIndex
 from csi.oci.archive.points import MAX_UNIT_BYTES, Decoder, check_ratio
+from csi.oci.archive.stream import TarStream
 from csi.oci.archive.table import MemberTable
 from csi.oci.archive.zstd import ZstdDecoder
 from csi.oci.descriptor import Descriptor
@@ -128,7 +129,7 @@ class LayerScanner:
         """None when there are bytes that could only be reached by decoding too much each time."""
         decoder = _DECODERS[layer.packing](layer.what)
         size = layer.descriptor.size_bytes
-        stream = _TarStream(layer.what)
+        stream = TarStream(layer.what)
 
         def sink(data: memoryview) -> None:
             check_ratio(decoder.decoded_bytes, size, layer.what)
@@ -167,43 +168,6 @@ class LayerScanner:
             self._on_bytes(layer, end)
         if reader is not None:
             reader.close()
-
-
-class _TarStream:
-    """Feeds decoded bytes to a tar scan as they come; only what it asks for is copied."""
-
-    def __init__(self, what: str) -> None:
-        self._scan: tar.Scan | None = tar.scan(what)
-        self._asked = next(self._scan)
-        self._position = 0
-        self._part = bytearray()
-        self._members = MemberTable()
-
-    def feed(self, data: memoryview) -> None:
-        """The next decoded bytes."""
-        start, end = self._position, self._position + len(data)
-        self._position = end
-        while self._scan is not None and self._asked.offset < end:
-            first = max(self._asked.offset + len(self._part), start) - start
-            wanted = self._asked.length - len(self._part)
-            self._part += data[first : first + wanted]
-            if len(self._part) < self._asked.length:
-                return
-            self._answer(bytes(self._part))
-
-    def finish(self) -> MemberTable:
-        """There are no more. Raises: SizeMismatchError when there should be."""
-        while self._scan is not None:
-            self._answer(None if self._asked.offset > self._position else bytes(self._part))
-        return self._members
-
-    def _answer(self, data: bytes | None) -> None:
-        assert self._scan is not None
-        self._part.clear()
-        try:
-            self._asked = self._scan.send(data)
-        except StopIteration as end:
-            self._members, self._scan = end.value, None
 
 
 class _Window:
