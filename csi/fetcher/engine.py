@@ -183,6 +183,11 @@ class FetchEngine:
         self._drop(blob, block)
         self.want(blob, block, 1, Priority.DEMAND)
 
+    def distrust(self, blob: int, error: ModelMountError) -> None:
+        """The blob is not what the mount was made from, whatever its sha256: nobody reads another byte of it."""
+        self._writers[blob].poison()
+        self._on_wrong(error)
+
     def room_again(self) -> None:
         """Slots of the ring came back."""
         with self._lock:
@@ -193,6 +198,11 @@ class FetchEngine:
         with self._lock:
             self._scheduler.fill()
             self._lock.notify_all()
+
+    @property
+    def specs(self) -> Sequence[BlobSpec]:
+        """The mount's blobs."""
+        return self._specs
 
     @property
     def blob_count(self) -> int:

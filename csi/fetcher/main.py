@@ -17,6 +17,7 @@ readers should be told when their deadline passes). These may be lost; workers a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -29,10 +30,11 @@ from dataclasses import replace
 from typing import Any
 
 from csi import credentials
+from csi.cache import format as fmt
 from csi.cache.blob import BlobWriter, this_boot
 from csi.cache.ring import LendingRing
 from csi.control import wire
-from csi.errors import CacheError, ControlError, ModelMountError, to_wire
+from csi.errors import CacheError, ControlError, DigestMismatchError, ModelMountError, to_wire
 from csi.fetcher.build import BuildService
 from csi.fetcher.engine import EngineSettings, FetchEngine
 from csi.fetcher.index_source import has_index, load_index
@@ -257,6 +259,9 @@ class Fetcher:
                 wire.close_all(fds)
                 if self._engine is not None and 0 <= blob < self._engine.blob_count:
                     self._engine.damaged(blob, block)
+            case {"op": "distrust", "blob": int(blob)}:
+                wire.close_all(fds)
+                self._distrust(blob)
             case _:
                 wire.close_all(fds)
                 log.warning("worker channel: unknown message %r", message.get("op"))
@@ -305,6 +310,22 @@ class Fetcher:
             hashes=hashes,
         )
         self._engine.start()
+
+    def _distrust(self, blob: int) -> None:
+        engine = self._engine
+        if engine is None or self._area_fd is None or not 0 <= blob < engine.blob_count:
+            return
+        digest = engine.specs[blob].digest
+        with contextlib.suppress(OSError):
+            os.unlink(fmt.layer_index_path(digest), dir_fd=self._area_fd)
+        engine.distrust(
+            blob,
+            DigestMismatchError(
+                f"layer {digest.short()}: the registry sent other tar headers before the mount than the layer has; reads of "
+                "it fail from now on; check the registry and what is in between",
+                subject=str(digest),
+            ),
+        )
 
     def _want(self, blob: int, first: int, count: int, cls: int) -> None:
         engine = self._engine

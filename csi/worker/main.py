@@ -43,6 +43,7 @@ from csi.worker.build import Build, BuildRequest, SentManifest
 from csi.worker.build_channel import BuildChannel
 from csi.worker.decoded import DecodingReader
 from csi.worker.reader import CachedReader
+from csi.worker.recheck import recheck_headers
 
 log = logging.getLogger(__name__)
 
@@ -200,6 +201,7 @@ class Worker:
         backend = self._backend = backend_class(Namespace(tree), content)
         self._attach_fetcher(channel_fd)
         assert self._nursery is not None
+        self._nursery.start_soon(recheck_headers, tree, area_fd, self._distrust)
         self._nursery.start_soon(
             self._serve_connection, backend, Connection(fuse_fd, init, table_fd), lambda: self._reply(wire.ok(request))
         )
@@ -261,6 +263,11 @@ class Worker:
                         self._reader.block_failed(blob, block, from_wire(error))
                     case {"op": "trouble", "error": dict(error)}:
                         self._reader.note_error(from_wire(error))
+
+    def _distrust(self, blob: int) -> None:
+        if self._fetcher is not None:
+            with contextlib.suppress(OSError):  # the next worker finds out again
+                wire.send(self._fetcher, {"op": "distrust", "blob": blob})
 
     def ask(self, blob: int, first: int, count: int, priority: Priority) -> None:
         """See `FetcherPort`: a waiting read asks again."""

@@ -271,3 +271,31 @@ def test_a_slow_registry_answers_with_progress_and_is_joined(node: NodeProcess, 
     finally:
         fake_registry.faults.clear()
         node.unpublish(target)
+
+
+def test_headers_that_are_not_the_layers_are_found_out(node: NodeProcess, fake_registry: FakeRegistry) -> None:
+    """A registry that shows other headers to whoever reads only headers, and the true blob to whoever hashes it."""
+    true = tar({"model/aaaa": weights(5_000_000, 1), "model/bbbb": weights(5_000_000, 2)})
+    lie = tar({"model/bbbb": weights(5_000_000, 1), "model/aaaa": weights(5_000_000, 2)})
+    reference = push(fake_registry, [(LAYER, true)])
+    digest = f"sha256:{hashlib.sha256(true).hexdigest()}"
+    del fake_registry.blobs[digest]
+    fake_registry.blob_readers[digest] = (
+        len(true),
+        lambda offset, length: (lie if length <= 1 << 20 else true)[offset : offset + length],
+    )
+    target = publish(node, reference)
+    try:
+        deadline = time.monotonic() + 30
+        while not any(event["reason"] == "IntegrityFailure" for event in node.status()[0]["events"]):
+            assert time.monotonic() < deadline, (node.status(), node.log())
+            time.sleep(0.1)
+        fd = os.open(target / "model/aaaa", os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            with pytest.raises(OSError, match="Input/output error"):
+                os.pread(fd, 100, 4_000_000)
+        finally:
+            os.close(fd)
+    finally:
+        node.unpublish(target)
