@@ -47,10 +47,13 @@ _MAX_SHOWN = 8
 _DECODERS: dict[Packing, Callable[[str], Decoder]] = {Packing.TAR_GZIP: GzipDecoder, Packing.TAR_ZSTD: ZstdDecoder}
 
 
-def add_source_flags(parser: argparse.ArgumentParser) -> None:
+def add_source_flags(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """The reference, and how to reach its registry."""
     parser.add_argument(
-        "reference", metavar="REFERENCE", help="registry/repository:tag, …@sha256:…, or oci-layout:/directory[:tag]"
+        "reference",
+        metavar="REFERENCE",
+        nargs="?" if optional else None,
+        help="registry/repository:tag, …@sha256:…, or oci-layout:/directory[:tag]",
     )
     parser.add_argument("--plain-http", action="store_true", help="speak plain HTTP (loopback registries need no flag)")
     login.add_flags(parser)

@@ -19,6 +19,7 @@ _VERBS = {
     "mount": "csi.cli.mount",
     "umount": "csi.cli.mount",
     "status": "csi.cli.status",
+    "doctor": "csi.cli.doctor",
     "node": "csi.cli.node",
     "controller": "csi.cli.controller",
     "keeper": "csi.cli.keeper",

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
+
+from csi.errors import ControlError, InvalidVolumeError
+
+_WATCH_EVERY_S = 1.0
+_BAR_CELLS = 40
 
 
 def add_parser(subparsers: Any) -> None:
@@ -17,15 +25,21 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("target", nargs="?", help="only the mount shown at this path")
     parser.add_argument("--state-dir", default="/run/modelmount", help="where the supervisor listens (%(default)s)")
+    parser.add_argument("--watch", action="store_true", help="on a terminal: look again every second until Ctrl-C")
     parser.add_argument("--output", choices=["text", "json"], default="text")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the mounts."""
+    """Print the mounts, once or again and again."""
     from csi.control.supervisor import SupervisorClient
 
-    mounts = SupervisorClient(args.state_dir).status(args.target)
+    client = SupervisorClient(args.state_dir)
+    if args.watch:
+        if args.output != "text" or not sys.stdout.isatty():
+            raise InvalidVolumeError("--watch needs a terminal and --output text; leave it out for one answer")
+        return _watch(lambda: client.status(args.target))
+    mounts = client.status(args.target)
     if args.output == "json":
         print(json.dumps({"mounts": mounts}, indent=2, sort_keys=True))
         return 0
@@ -34,6 +48,22 @@ def run(args: argparse.Namespace) -> int:
     for mount in mounts:
         print("\n".join(_lines(mount)))
     return 0
+
+
+def _watch(ask: Callable[[], list[dict[str, Any]]]) -> int:
+    """Draw over the last picture, so that nothing flickers and what was on the screen before stays."""
+    drawn = 0
+    while True:
+        try:
+            lines = [line for mount in ask() for line in _lines(mount, bar=True)] or ["nothing is mounted"]
+        except ControlError as exc:
+            lines = [str(exc)]
+        columns, rows = shutil.get_terminal_size()
+        lines = [line[: columns - 1] for line in lines[: rows - 1]]
+        back = f"\x1b[{drawn}A" if drawn else ""
+        print(back + "\x1b[J" + "\n".join(lines), flush=True)
+        drawn = len(lines)
+        time.sleep(_WATCH_EVERY_S)
 
 
 def progress_of(mount: dict[str, Any]) -> tuple[int, int, str]:
@@ -57,7 +87,7 @@ def progress_of(mount: dict[str, Any]) -> tuple[int, int, str]:
     return present, total, f"unverified ({verified} of {len(blobs)} blobs verified)"
 
 
-def _lines(mount: dict[str, Any]) -> list[str]:
+def _lines(mount: dict[str, Any], *, bar: bool = False) -> list[str]:
     present, total, verification = progress_of(mount)
     percent = 100 * present / total if total else 100.0
     lines = [
@@ -74,6 +104,9 @@ def _lines(mount: dict[str, Any]) -> list[str]:
         lines.append(f"  preparing {mount['preparing']}")
     if mount.get("variant_digest"):
         lines.append(f"  variant   {mount['variant_digest']}")
+    if bar:
+        filled = int(percent * _BAR_CELLS / 100)
+        lines.insert(1, f"  [{'█' * filled}{'·' * (_BAR_CELLS - filled)}]")
     lines += [f"  shown at  {target}" for target in mount["targets"]]
     if error := mount["progress"].get("last_error"):
         lines.append(f"  trouble   {error}")

@@ -24,6 +24,7 @@ EVERYTHING: dict[str, Any] = {
     "podLabels": {"example.com/c": "d"},
     "supervisor.hostNetwork": True,
     "node.registrar.enabled": True,
+    "sharing": "isolated",
     "node.removeStartupTaint": True,
     "controller.readSecrets": True,
     "storageClasses": [

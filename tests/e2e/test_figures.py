@@ -1,0 +1,124 @@
+"""Figures, printed and never judged: run `make e2e E2E='-s tests/e2e/test_figures.py'` with MODELMOUNT_E2E_FIGURES=1."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import requests
+from e2e.api import KubernetesApi
+from e2e.local_cluster import ADDRESS, LocalCluster
+from e2e.models import MOUNTS, inline
+from registry_process import RegistryProcess
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(900),
+    pytest.mark.usefixtures("clean"),
+    pytest.mark.skipif(not os.environ.get("MODELMOUNT_E2E_FIGURES"), reason="figures are measured on request only"),
+]
+
+_CONFIG = b"{}"
+
+
+def sparse_model(registry: RegistryProcess, size_bytes: int) -> str:
+    """A ModelPack of one file of zeros, put into the registry's storage as a hole: no disk has to hold it."""
+    zeros = memoryview(bytes(8 << 20))
+    digest = hashlib.sha256()
+    for offset in range(0, size_bytes, len(zeros)):
+        digest.update(zeros[: min(len(zeros), size_bytes - offset)])
+    name = f"sparse/{size_bytes}"
+    root = registry.storage / "docker" / "registry" / "v2"
+    for content, hexdigest in ((None, digest.hexdigest()), (_CONFIG, hashlib.sha256(_CONFIG).hexdigest())):
+        blob = root / "blobs" / "sha256" / hexdigest[:2] / hexdigest / "data"
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        with open(blob, "wb") as file:
+            file.write(content or b"")
+            if content is None:
+                file.truncate(size_bytes)
+        link = root / "repositories" / name / "_layers" / "sha256" / hexdigest / "link"
+        link.parent.mkdir(parents=True)
+        link.write_text(f"sha256:{hexdigest}")
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "artifactType": "application/vnd.cncf.model.manifest.v1+json",
+        "config": {
+            "mediaType": "application/vnd.cncf.model.config.v1+json",
+            "digest": f"sha256:{hashlib.sha256(_CONFIG).hexdigest()}",
+            "size": len(_CONFIG),
+        },
+        "layers": [
+            {
+                "mediaType": "application/vnd.cncf.model.weight.v1.raw",
+                "digest": f"sha256:{digest.hexdigest()}",
+                "size": size_bytes,
+                "annotations": {"org.cncf.model.filepath": "model.safetensors"},
+            }
+        ],
+    }
+    body = json.dumps(manifest).encode()
+    headers = {"Content-Type": str(manifest["mediaType"])}
+    answer = requests.put(f"http://{registry.host}/v2/{name}/manifests/v1", data=body, headers=headers, timeout=60)
+    assert answer.status_code == 201, answer.text
+    return f"{registry.host}/{name}@sha256:{hashlib.sha256(body).hexdigest()}"
+
+
+def seconds_to_running(cluster: KubernetesApi, name: str, reference: str) -> tuple[float, float]:
+    """From the create call to the container's start, by our clock; and the part kubelet's record gives, in whole seconds."""
+    started = time.time()
+    cluster.run_pod(name, "sleep 600", inline(reference), MOUNTS)
+    cluster.wait_running(name, 120)
+    seen = time.time() - started
+    state = cluster.pod(name)["status"]["containerStatuses"][0]["state"]["running"]["startedAt"]
+    return seen, datetime.fromisoformat(state).timestamp() - int(started)
+
+
+@pytest.mark.parametrize("size", [1 << 30, 20 << 30], ids=["1GiB", "20GiB"])
+def test_seconds_from_pod_create_to_running(
+    cluster: KubernetesApi, local_cluster: LocalCluster, registry_binary: Path, tmp_path: Path, size: int
+) -> None:
+    registry = RegistryProcess(registry_binary, tmp_path / "registry")
+    registry.start(f"{ADDRESS}:5002")
+    try:
+        reference = sparse_model(registry, size)
+        cluster.run_pod("none", "sleep 600", [], [])
+        begun = time.time()
+        cluster.wait_running("none")
+        bare = time.time() - begun
+        figures = {"pod without a volume": bare}
+        figures["cold"], _ = seconds_to_running(cluster, "cold", reference)
+        figures["mounted already"], _ = seconds_to_running(cluster, "second", reference)
+        for name in ("cold", "second"):
+            cluster.delete_pod(name)
+        cluster.wait("the mount to end", lambda: cluster.status() == [], 30)
+        figures["warm"], _ = seconds_to_running(cluster, "warm", reference)
+        print(f"\n{size >> 30} GiB, pod create to running: " + ", ".join(f"{k} {v:.2f} s" for k, v in figures.items()))
+        cluster.delete_pod("warm")
+    finally:
+        registry.stop()
+
+
+def test_resident_memory_of_each_container(cluster: KubernetesApi, local_cluster: LocalCluster) -> None:
+    told = []
+    for component in ("keeper", "supervisor", "node", "controller"):
+        (pid,) = local_cluster.container_pids(component)
+        name_space = os.readlink(f"/proc/{pid}/ns/pid")
+        resident = 0
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and _name_space(entry) == name_space:
+                resident += int((entry / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        told.append(f"{component} {resident / 1e6:.0f} MB")
+    print("\nresident, idle (spare worker and fetcher included): " + ", ".join(told))
+
+
+def _name_space(entry: Path) -> str:
+    try:
+        return os.readlink(entry / "ns" / "pid")
+    except OSError:
+        return ""
