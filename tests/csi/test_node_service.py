@@ -232,7 +232,7 @@ def test_credentials_are_needed_checked_and_used(
     login = base64.b64encode(f"{USERNAME}:{PASSWORD}".encode()).decode()
     elsewhere = {".dockerconfigjson": json.dumps({"auths": {"elsewhere.example.com": {"auth": login}}})}
     assert refusal(lambda: modelmount_node.publish(reference, target, secrets=elsewhere)).code() is (
-        grpc.StatusCode.UNAUTHENTICATED
+        grpc.StatusCode.PERMISSION_DENIED
     )
     auths = {
         f"{private_registry.host}/team/private": {"username": USERNAME, "password": "rotated"},
