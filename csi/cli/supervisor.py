@@ -37,6 +37,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="speak plain HTTP to this registry; may be repeated (loopback registries need no entry)",
     )
     group.add_argument(
+        "--registry-config-dir",
+        metavar="DIR",
+        help="mirrors and certificates of registries: hosts.toml files in containerd's layout, such as "
+        "/etc/containerd/certs.d (default none)",
+    )
+    group.add_argument(
         "--layout-root",
         action="append",
         default=[],
@@ -89,6 +95,7 @@ def flags_of(args: argparse.Namespace) -> list[str]:
         f"--spares={args.spares}",
     ]
     flags += [f"--plain-http-host={host}" for host in args.plain_http_host]
+    flags += [f"--registry-config-dir={args.registry_config_dir}"] if args.registry_config_dir else []
     return flags + [f"--layout-root={root}" for root in args.layout_root]
 
 
@@ -106,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         state_dir=args.state_dir,
         data_dir=args.data_dir,
         plain_http_hosts=tuple(args.plain_http_host),
+        registry_config_dir=args.registry_config_dir,
         layout_roots=tuple(args.layout_root),
         read_ahead_kb=args.read_ahead_kb,
         fuse_backend=BackendName.RAW if args.fuse_backend == "auto" else BackendName(args.fuse_backend),

@@ -7,6 +7,7 @@
     build        a channel to the worker that finds out what is in the model (see `csi.fetcher.build`)
     fill         fetch the whole model from now on
     worker       a channel to the mount's (new) worker, which then sends the list of blobs and what it wants
+    hosts        which hosts serve which registry (mirrors), for the sources opened from then on
     credentials  where the blobs come from now, and as whom; reads that wait for better credentials go on
     stats        progress and counters
 
@@ -29,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from csi import credentials
+from csi import credentials, registry_hosts
 from csi.cache import format as fmt
 from csi.cache.blob import BlobWriter, this_boot
 from csi.cache.ring import LendingRing
@@ -45,6 +46,7 @@ from csi.oci.reference import Reference
 from csi.registry.address_rules import AddressRules
 from csi.registry.client import RegistrySource
 from csi.registry.sources import SourceSettings, open_source
+from csi.registry_hosts import RegistryHost
 from csi.stream.ports import ManifestBytes, ModelSource
 from csi.stream.scheduler import Priority
 from csi.tree.model import BlobSpec
@@ -52,6 +54,7 @@ from csi.volume import Verify
 
 log = logging.getLogger(__name__)
 
+_MAX_HOSTS_BYTES = 64 * 1024 * 1024
 _MAX_SPECS_BYTES = 16 * 1024 * 1024
 _RING_SLOTS = 16
 """64 MiB, and nothing of it is used while the cache takes what comes."""
@@ -73,6 +76,7 @@ class Fetcher:
         self._build: BuildService | None = None
         self._engine: FetchEngine | None = None
         self._engine_settings = EngineSettings()
+        self._hosts: dict[str, tuple[RegistryHost, ...]] = {}
         self._ring = LendingRing(_RING_SLOTS)
         self._lent: set[int] = set()
 
@@ -111,6 +115,9 @@ class Fetcher:
                 case "fill":
                     self._fill()
                     self._reply(wire.ok(request))
+                case "hosts":
+                    self._use_hosts(wire.exactly(fds, 1)[0])
+                    self._reply(wire.ok(request))
                 case "worker":
                     self._attach_worker(wire.exactly(fds, 1)[0])
                     self._reply(wire.ok(request))
@@ -134,7 +141,7 @@ class Fetcher:
         """
         try:
             reference = Reference.parse(wire.field(request, "reference", str))
-            source = open_source(reference, _source_settings(request, fds))
+            source = open_source(reference, self._settings_for(reference, request, fds))
             try:
                 manifest = source.fetch_manifest(
                     reference.tag, reference.digest, timeout_s=float(request.get("registry_timeout_s", 20.0))
@@ -190,6 +197,21 @@ class Fetcher:
         self._build = BuildService(channel, lambda: self._sources, self._area_fd, settings, self._index, self._on_wrong)
         self._build.start()
 
+    def _use_hosts(self, hosts_fd: int) -> None:
+        try:
+            given = json.loads(wire.read_all(hosts_fd, _MAX_HOSTS_BYTES, "registry hosts"))
+        finally:
+            os.close(hosts_fd)
+        self._hosts |= {str(registry): registry_hosts.from_wire(hosts) for registry, hosts in given.items()}
+
+    def _settings_for(self, reference: Reference, request: wire.Message, fds: list[int]) -> SourceSettings:
+        return SourceSettings(
+            rules=AddressRules(plain_http_hosts=frozenset(request.get("plain_http_hosts", ()))),
+            credentials=credentials.from_wire(request.get("credentials")),
+            hosts=self._hosts.get(reference.registry, ()),
+            layout_fd=fds[0] if fds else None,
+        )
+
     def _fill(self) -> None:
         self._engine_settings = replace(self._engine_settings, fill=True)
         if self._engine is not None:
@@ -204,7 +226,7 @@ class Fetcher:
             source = before.pop(reference.origin, None)
             if source is None:
                 settings = {"plain_http_hosts": request.get("plain_http_hosts", ()), **wanted}
-                source = open_source(reference, _source_settings(settings, fds))
+                source = open_source(reference, self._settings_for(reference, settings, fds))
             elif isinstance(source, RegistrySource):
                 source.replace_credentials(credentials.from_wire(wanted.get("credentials")))
             self._sources.append(source)
@@ -385,14 +407,6 @@ class Fetcher:
                 wire.send(self._control, message, fds)
             except OSError as exc:
                 log.warning("supervisor not reachable: %s", exc)
-
-
-def _source_settings(request: wire.Message, fds: list[int]) -> SourceSettings:
-    return SourceSettings(
-        rules=AddressRules(plain_http_hosts=frozenset(request.get("plain_http_hosts", ()))),
-        credentials=credentials.from_wire(request.get("credentials")),
-        layout_fd=fds[0] if fds else None,
-    )
 
 
 def run(control_fd: int) -> int:

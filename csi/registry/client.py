@@ -3,7 +3,8 @@
 Everything a registry answers is checked against what was asked: manifest bytes against their digest, ranges against
 Content-Range and the descriptor's size. Blobs' bytes are handed on unverified; the caller checks them.
 
-No retries here but two that change nothing for the caller: a stale idle connection, and a redirect target that has
+Where a registry has several hosts (mirrors), one that fails, or does not have it, is followed by the next. No other
+retries here but two that change nothing for the caller: a stale idle connection, and a redirect target that has
 expired. When to try again is the caller's decision.
 
 Source: distribution-spec, "Pulling manifests" and "Pulling blobs"; RFC 9110 sections 14 and 15.
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import http.client
 import json
-import threading
+import logging
+import math
 import time
-from collections.abc import Mapping
-from urllib.parse import urljoin
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from csi.credentials import Credentials
 from csi.errors import (
@@ -32,28 +34,28 @@ from csi.errors import (
 from csi.oci import manifest as oci
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
-from csi.registry.address_rules import MAX_REDIRECTS, AddressRules
-from csi.registry.auth import Authenticator
-from csi.registry.headers import parse_challenges, parse_content_range, parse_retry_after, parse_size
-from csi.registry.transport import Response, Transport
+from csi.registry.endpoint import Endpoint
+from csi.registry.headers import parse_content_range, parse_retry_after, parse_size
+from csi.registry.transport import Response
 from csi.stream.ports import ManifestBytes, RangeReader
 
 _ACCEPT = ", ".join((oci.OCI_MANIFEST, oci.OCI_INDEX, oci.DOCKER_MANIFEST, oci.DOCKER_LIST))
-_API_HOSTS = {"docker.io": "registry-1.docker.io", "index.docker.io": "registry-1.docker.io"}
 _MAX_ERROR_BODY = 8192
 _MAX_SKIP_BYTES = 1024 * 1024
+_LEAST_BYTES_PER_S = 1024  # less for the whole of a stall timeout counts as a stall; a guess, not measured
+_Answer = TypeVar("_Answer")
+
+log = logging.getLogger(__name__)
 
 
 class RegistrySource:
-    """Thread-safe. `reference` names the repository; its tag and digest are not used."""
+    """Thread-safe. `reference` names the repository; its tag and digest are not used. `endpoints` are asked in their
+    order, the registry's own usually last, each for what it is said to be capable of.
+    """
 
-    def __init__(self, reference: Reference, rules: AddressRules, authenticator: Authenticator, transport: Transport):
+    def __init__(self, reference: Reference, endpoints: Sequence[Endpoint]):
         self._registry, self._repository = reference.registry, reference.repository
-        self._rules, self._authenticator, self._transport = rules, authenticator, transport
-        self._base = f"{base_url(self._registry, rules)}/v2/{self._repository}"
-        self._lock = threading.Lock()
-        self._resolved: dict[Digest, str] = {}
-        """Where a blob was redirected to; used until that address refuses."""
+        self._endpoints = endpoints
 
     @property
     def origin(self) -> str:
@@ -62,20 +64,82 @@ class RegistrySource:
 
     def replace_credentials(self, credentials: Credentials) -> None:
         """Use other credentials from now on; cached redirects stay."""
-        self._authenticator.replace(credentials)
+        for endpoint in self._endpoints:
+            if endpoint.host.gets_credentials:
+                endpoint.authenticator.replace(credentials)
 
     def close(self) -> None:
         """See `ModelSource.close`."""
-        self._transport.close()
+        for endpoint in self._endpoints:
+            endpoint.close()
 
     def fetch_manifest(self, tag: str | None, digest: Digest | None, timeout_s: float) -> ManifestBytes:
         """See `ModelSource.fetch_manifest`."""
         name = str(digest) if digest else (tag or "latest")
         subject = f"{self.origin}{'@' if digest else ':'}{name}"
         deadline = time.monotonic() + timeout_s
-        response = self._get(f"{self._base}/manifests/{name}", {"Accept": _ACCEPT}, subject, timeout_s)
+
+        def fetch(endpoint: Endpoint, subject: str) -> ManifestBytes:
+            left_s = max(deadline - time.monotonic(), 0.1)
+            response = endpoint.get_manifest(name, {"Accept": _ACCEPT}, subject, left_s)
+            return self._read_manifest(response, digest, subject, deadline, endpoint)
+
+        return self._first("pull" if digest else "resolve", subject, fetch, deadline)
+
+    def open_range(self, digest: Digest, size_bytes: int, offset: int, length: int) -> RangeReader:
+        """See `ModelSource.open_range`."""
+        headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
+
+        def open_one(endpoint: Endpoint, subject: str) -> RangeReader:
+            response = endpoint.get_blob(digest, headers, subject)
+            try:
+                return self._range_reader(response, subject, size_bytes, offset, length, endpoint)
+            except BaseException:
+                response.discard()
+                raise
+
+        return self._first("pull", f"{self.origin} blob {digest.short()}", open_one)
+
+    def _first(
+        self,
+        capability: str,
+        subject: str,
+        ask: Callable[[Endpoint, str], _Answer],
+        deadline: float = math.inf,
+    ) -> _Answer:
+        """The first endpoint's answer that is one. Those that failed lately are asked only if no other is left.
+
+        Raises: what the last of them said, which is the registry's own word where it was asked.
+        """
+        able = [endpoint for endpoint in self._endpoints if capability in endpoint.host.capabilities]
+        awake = [endpoint for endpoint in able if not endpoint.rests()] or able
+        error: ModelMountError | None = None
+        for endpoint in awake:
+            if error is not None and time.monotonic() > deadline:
+                break
+            try:
+                answer = ask(
+                    endpoint, f"{subject} at {endpoint.host.authority}" if endpoint.host.is_mirror else subject
+                )
+            except ModelMountError as exc:
+                if isinstance(exc, RegistryUnavailableError):
+                    endpoint.failed(exc)
+                if endpoint is not awake[-1]:
+                    log.info("%s; the next host is asked", exc)
+                error = exc
+            else:
+                endpoint.works()
+                return answer
+        raise error or RegistryError(
+            f"{subject}: none of the registry's {len(self._endpoints)} hosts may be asked to {capability}; an administrator "
+            "of this node corrects the capabilities in its hosts.toml"
+        )
+
+    def _read_manifest(
+        self, response: Response, digest: Digest | None, subject: str, deadline: float, endpoint: Endpoint
+    ) -> ManifestBytes:
         try:
-            self._expect_ok(response, subject)
+            self._expect_ok(response, subject, endpoint)
             if (encoding := response.headers.get("Content-Encoding", "identity").lower()) != "identity":
                 raise RegistryError(
                     f"{subject}: the registry sent its manifest {encoding}-encoded; expected it as it is"
@@ -94,77 +158,11 @@ class RegistrySource:
         self._check_manifest(subject, digest, found, response.headers.get("Docker-Content-Digest"), data)
         return ManifestBytes(data, response.headers.get("Content-Type", ""), found)
 
-    def open_range(self, digest: Digest, size_bytes: int, offset: int, length: int) -> RangeReader:
-        """See `ModelSource.open_range`."""
-        subject = f"{self.origin} blob {digest.short()}"
-        headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
-        with self._lock:
-            known = self._resolved.get(digest)
-        response = None
-        if known is not None:
-            response = self._transport.get(known, headers)
-            if response.status in (401, 403, 404, 410):  # the signed address has expired
-                response.discard()
-                with self._lock:
-                    self._resolved.pop(digest, None)
-                response = None
-        if response is None:
-            response = self._get(f"{self._base}/blobs/{digest}", headers, subject, None, remember=digest)
-        try:
-            return self._range_reader(response, subject, size_bytes, offset, length)
-        except BaseException:
-            response.discard()
-            raise
-
-    def _get(
-        self,
-        url: str,
-        headers: Mapping[str, str],
-        subject: str,
-        timeout_s: float | None,
-        remember: Digest | None = None,
-    ) -> Response:
-        """GET with authorization and redirects. The answer may have any final status but a redirect."""
-        authorization = self._authenticator.current()
-        with_credentials = True
-        redirects = 0
-        while redirects <= MAX_REDIRECTS:
-            sent = dict(headers)
-            if with_credentials and authorization.header is not None:
-                sent["Authorization"] = authorization.header
-            response = self._transport.get(url, sent, timeout_s)
-            if response.status in (401, 403) and with_credentials:
-                challenges = parse_challenges(", ".join(response.headers.get_all("WWW-Authenticate", [])))
-                try:
-                    another = self._authenticator.after_refusal(authorization, response.status, challenges)
-                except BaseException:
-                    response.discard()
-                    raise
-                if another is not None:
-                    response.discard()
-                    authorization = another
-                    continue
-            elif with_credentials:
-                self._authenticator.worked(authorization)
-            if response.status not in (301, 302, 303, 307, 308):
-                return response
-            location = response.headers.get("Location", "")
-            response.discard()
-            target = urljoin(url, location)
-            same_place = self._rules.redirect(url, target)
-            with_credentials = with_credentials and same_place
-            if remember is not None and not with_credentials:
-                with self._lock:
-                    self._resolved[remember] = target
-            url = target
-            redirects += 1
-        raise RegistryError(f"{subject}: more than {MAX_REDIRECTS} redirects")
-
     def _range_reader(
-        self, response: Response, subject: str, size_bytes: int, offset: int, length: int
+        self, response: Response, subject: str, size_bytes: int, offset: int, length: int, endpoint: Endpoint
     ) -> _HttpRangeReader:
         if response.status not in (200, 206):
-            self._expect_ok(response, subject)
+            self._expect_ok(response, subject, endpoint)
         encoding = response.headers.get("Content-Encoding", "identity").lower()
         if encoding != "identity":
             raise RegistryError(
@@ -174,19 +172,20 @@ class RegistrySource:
         body_bytes = parse_size(response.headers.get("Content-Length"))
         if response.status == 206:
             self._check_content_range(response.headers.get("Content-Range"), subject, size_bytes, offset, length)
-            return _HttpRangeReader(response, subject, length)
+            return _HttpRangeReader(response, subject, length, endpoint)
         if body_bytes == size_bytes or (body_bytes is None and size_bytes == length):
             # Range was ignored: what comes is the whole blob.
             if offset > _MAX_SKIP_BYTES:
+                endpoint.cannot_serve_ranges()
                 raise RegistryError(
                     f"{subject}: the registry ignores Range requests and sent the whole blob; ModelMount cannot stream "
                     "from it: put a proxy with Range support in front, or use another registry"
                 )
-            reader = _HttpRangeReader(response, subject, offset + length)
+            reader = _HttpRangeReader(response, subject, offset + length, endpoint)
             reader.skip(offset)
             return reader
         if body_bytes == length:  # a proxy that answers a range with 200: the bytes are those asked for
-            return _HttpRangeReader(response, subject, length)
+            return _HttpRangeReader(response, subject, length, endpoint)
         raise SizeMismatchError(
             f"{subject}: the manifest says {size_bytes} bytes, the registry has {body_bytes}; check its storage, or push "
             "the model again",
@@ -211,11 +210,10 @@ class RegistrySource:
         if (first, last) != (offset, offset + length - 1):
             raise RegistryError(f"{subject}: asked for bytes {offset}-{offset + length - 1}, was sent {first}-{last}")
 
-    def _expect_ok(self, response: Response, subject: str) -> None:
+    def _expect_ok(self, response: Response, subject: str, endpoint: Endpoint) -> None:
         """Raises: the error that a final status other than 200 means."""
-        if response.status == 200:
-            return
-        raise _status_error(response, subject, has_credentials=self._authenticator.has_credentials())
+        if response.status != 200:
+            raise _status_error(response, subject, has_credentials=endpoint.authenticator.has_credentials())
 
     def _check_manifest(
         self, subject: str, wanted: Digest | None, found: Digest, declared: str | None, data: bytes
@@ -241,21 +239,18 @@ class RegistrySource:
             )
 
 
-def base_url(registry: str, rules: AddressRules) -> str:
-    """`scheme://host[:port]` of a registry's API; docker.io's is at another host than its name says."""
-    return f"{rules.scheme_for(registry)}://{_API_HOSTS.get(registry, registry)}"
-
-
 class _HttpRangeReader:
     """See `RangeReader`. `left` is what the body must still bring."""
 
-    def __init__(self, response: Response, subject: str, length: int) -> None:
-        self._response, self._subject, self._left = response, subject, length
+    def __init__(self, response: Response, subject: str, length: int, endpoint: Endpoint) -> None:
+        self._response, self._subject, self._left, self._endpoint = response, subject, length, endpoint
+        self._waited_s, self._waited_bytes = 0.0, 0
 
     def readinto(self, buffer: memoryview) -> None:
         wanted = len(buffer)
         try:
             while buffer:
+                started = time.monotonic()
                 count = self._response.readinto(buffer)
                 if count == 0:
                     raise RegistryUnavailableError(
@@ -263,12 +258,32 @@ class _HttpRangeReader:
                     )
                 self._left -= count
                 buffer = buffer[count:]
+                self._check_rate(time.monotonic() - started, count)
+        except RegistryUnavailableError as exc:
+            self._endpoint.failed(exc)
+            raise
         except TimeoutError as exc:
-            raise RegistryUnavailableError(f"{self._subject}: stalled, {self._left} bytes before the end") from exc
+            raise self._broken(f"stalled, {self._left} bytes before the end") from exc
         except (OSError, http.client.HTTPException, ValueError) as exc:
-            raise RegistryUnavailableError(
-                f"{self._subject}: the connection broke {self._left} of {wanted} bytes early ({type(exc).__name__})"
+            raise self._broken(
+                f"the connection broke {self._left} of {wanted} bytes early ({type(exc).__name__})"
             ) from exc
+
+    def _check_rate(self, waited_s: float, count: int) -> None:
+        """A host that sends a byte now and then is as good as one that sends none."""
+        self._waited_s += waited_s
+        self._waited_bytes += count
+        if self._waited_s > self._response.stall_timeout_s:
+            if self._waited_bytes < _LEAST_BYTES_PER_S * self._waited_s:
+                raise RegistryUnavailableError(
+                    f"{self._subject}: stalled: {self._waited_bytes} bytes in {self._waited_s:.0f} s"
+                )
+            self._waited_s, self._waited_bytes = 0.0, 0
+
+    def _broken(self, problem: str) -> RegistryUnavailableError:
+        error = RegistryUnavailableError(f"{self._subject}: {problem}")
+        self._endpoint.failed(error)
+        return error
 
     def skip(self, count: int) -> None:
         """Read and drop."""
@@ -331,7 +346,11 @@ def _status_error(response: Response, subject: str, *, has_credentials: bool) ->
 
 
 def _registry_message(response: Response) -> str:
-    """Code and text of a registry's error body, cut; empty for anything else."""
+    """Code and text of a registry's error body, cut; empty for anything else. A body that does not announce itself as a
+    small one is not waited for: docker-registry 2.8.2 announces the whole blob after a 416, and sends less.
+    """
+    if response.status == 416 or (parse_size(response.headers.get("Content-Length")) or 0) > _MAX_ERROR_BODY:
+        return ""
     try:
         first = json.loads(response.read(_MAX_ERROR_BODY))["errors"][0]
         text = f"{first['code']}: {first.get('message', '')}"

@@ -8,14 +8,15 @@ and cookies are not used. Every connect and every receive has a timeout.
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import ssl
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from csi.errors import RegistryUnavailableError
+from csi.errors import RegistryError, RegistryUnavailableError
 from csi.registry.address_rules import AddressRules
 
 _IDLE_PER_HOST = 8
@@ -27,13 +28,25 @@ HostKey = tuple[str, str]
 """Scheme and authority (`host[:port]`)."""
 
 
+@dataclass(frozen=True, slots=True)
+class TlsSettings:
+    """How a host is known, and known to: PEM texts. CAs are added to the system's; client certificates and `skip_verify`
+    are for `authority` alone, not for where it redirects to.
+    """
+
+    authority: str = ""
+    ca: tuple[str, ...] = ()
+    client: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    skip_verify: bool = False
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransportSettings:
-    """Seconds: to connect one address; without a byte while one is awaited. `ca_file` None: the system's."""
+    """Seconds: to connect one address; without a byte while one is awaited."""
 
     connect_timeout_s: float = 10.0
     stall_timeout_s: float = 20.0
-    ca_file: str | None = None
+    tls: TlsSettings = TlsSettings()
 
 
 class Response:
@@ -42,6 +55,7 @@ class Response:
     def __init__(self, transport: Transport, key: HostKey, connection: http.client.HTTPConnection) -> None:
         self._transport, self._key, self._connection = transport, key, connection
         self._response = connection.getresponse()
+        self.stall_timeout_s = transport.stall_timeout_s
         self.status = self._response.status
         self.headers = self._response.headers
         self._open = True
@@ -83,7 +97,12 @@ class Transport:
         self._settings = settings or TransportSettings()
         self._lock = threading.Lock()
         self._idle: dict[HostKey, list[http.client.HTTPConnection]] = {}
-        self._tls: ssl.SSLContext | None = None
+        self._tls: dict[bool, ssl.SSLContext] = {}
+
+    @property
+    def stall_timeout_s(self) -> float:
+        """How long nothing may come while something is awaited."""
+        return self._settings.stall_timeout_s
 
     def get(self, url: str, headers: Mapping[str, str], timeout_s: float | None = None) -> Response:
         """One GET. `timeout_s` bounds each wait for bytes, at most the stall timeout.
@@ -165,12 +184,13 @@ class Transport:
         scheme, authority = key
         parts = urlsplit(f"//{authority}")
         host, port = parts.hostname or "", parts.port or (443 if scheme == "https" else 80)
+        context = self._tls_context(authority) if scheme == "https" else None
         connection = http.client.HTTPConnection(host, port)
         # http.client writes the Host header from host and port; the socket is ours.
         connection.sock = self._open_socket(authority, host, port, min(wait_s, self._settings.connect_timeout_s))
-        if scheme == "https":
+        if context is not None:
             try:
-                connection.sock = self._tls_context().wrap_socket(connection.sock, server_hostname=host)
+                connection.sock = context.wrap_socket(connection.sock, server_hostname=host)
             except (ssl.SSLError, ssl.CertificateError) as exc:
                 connection.close()
                 reason = getattr(exc, "verify_message", None) or getattr(exc, "reason", None) or exc
@@ -205,13 +225,38 @@ class Transport:
             f"registry {authority}: cannot connect ({failure or 'no address'}); is it running, and reachable from this node?"
         ) from failure
 
-    def _tls_context(self) -> ssl.SSLContext:
+    def _tls_context(self, authority: str) -> ssl.SSLContext:
+        tls = self._settings.tls
+        is_own = authority == tls.authority
         with self._lock:
-            if self._tls is None:
-                self._tls = ssl.create_default_context(cafile=self._settings.ca_file)
-                self._tls.minimum_version = ssl.TLSVersion.TLSv1_2
-            return self._tls
+            if is_own not in self._tls:
+                context = ssl.create_default_context()
+                context.minimum_version = ssl.TLSVersion.TLSv1_2
+                try:
+                    for pem in tls.ca:
+                        context.load_verify_locations(cadata=pem)
+                    for certificate, key in tls.client if is_own else ():
+                        _load_pair(context, certificate, key)
+                except (ssl.SSLError, ValueError) as exc:
+                    raise RegistryError(
+                        f"registry {authority}: a CA, client certificate or key of its configuration cannot be used "
+                        f"({getattr(exc, 'reason', None) or type(exc).__name__}); an administrator of this node corrects it"
+                    ) from None
+                if is_own and tls.skip_verify:
+                    context.check_hostname = False
+                    context.verify_mode = ssl.CERT_NONE
+                self._tls[is_own] = context
+            return self._tls[is_own]
 
 
 def _unavailable(key: HostKey, problem: str) -> RegistryUnavailableError:
     return RegistryUnavailableError(f"registry {key[1]}: {problem}")
+
+
+def _load_pair(context: ssl.SSLContext, certificate: str, key: str) -> None:
+    """OpenSSL reads these from a file only: an anonymous one, gone with its descriptor."""
+    fd = os.memfd_create("client-certificate", os.MFD_CLOEXEC)
+    with open(fd, "wb") as file:
+        file.write(f"{certificate}\n{key}".encode())
+        file.flush()
+        context.load_cert_chain(f"/proc/self/fd/{fd}", password="")  # an encrypted key fails instead of asking

@@ -19,18 +19,21 @@ import select
 import socket
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from csi.control import wire
 from csi.control.keeper import KeeperClient, KeptMount
 from csi.credentials import Credentials, to_wire, united, within_limits
-from csi.errors import ControlError, DigestMismatchError, ModelMountError, MountError
+from csi.errors import ControlError, DigestMismatchError, InvalidVolumeError, ModelMountError, MountError
 from csi.fuse.handshake import RESEND_MESSAGE, BackendName
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
+from csi.registry_hosts import to_wire as hosts_to_wire
 from csi.supervisor.build import BuildPhase, SentManifest
 from csi.supervisor.child import Child, ChildPool
+from csi.supervisor.hosts import read_hosts
 from csi.supervisor.settings import SupervisorSettings
 from csi.volume import MountKey, Prefetch, Verify
 
@@ -313,6 +316,7 @@ class Mount:
     async def _start_fetcher(self, fetcher: Child, sources: list[dict[str, Any]]) -> None:
         fds = [self._area_fd] if self._layout_fd < 0 else [self._area_fd, self._layout_fd]
         fetcher.on_notification = self._on_notification
+        await self._send_hosts(fetcher, sources)
         await fetcher.call(
             "start",
             _SERVE_TIMEOUT_S,
@@ -437,12 +441,20 @@ class Mount:
     async def _send_sources(self, sources: list[dict[str, Any]]) -> None:
         if self._fetcher is not None:
             with contextlib.suppress(ControlError):  # a new fetcher gets them when it starts
+                await self._send_hosts(self._fetcher, sources)
                 await self._fetcher.call(
                     "credentials",
                     5.0,
                     sources=sources,
                     plain_http_hosts=list(self._settings.plain_http_hosts),
                 )
+
+    async def _send_hosts(self, fetcher: Child, sources: list[dict[str, Any]]) -> None:
+        """A live mount goes on without mirrors that somebody has misspelt meanwhile."""
+        try:
+            await send_hosts(fetcher, [Reference.parse(source["reference"]) for source in sources], self._settings)
+        except InvalidVolumeError as exc:
+            log.error("mount %s: without its mirrors: %s", self.mount_id[:8], exc)
 
     def _sources(self) -> list[dict[str, Any]]:
         """One per origin that a volume names, with the credentials of the volumes that name it, the newest first: they go
@@ -481,6 +493,19 @@ class Mount:
         os.replace(temporary, path)
 
 
+async def send_hosts(fetcher: Child, references: Sequence[Reference], settings: SupervisorSettings) -> None:
+    """Tell a fetcher which hosts serve these registries, as this node's files say now. Raises: InvalidVolumeError."""
+    if settings.registry_config_dir is None:
+        return
+    registries = sorted({reference.registry for reference in references if not reference.is_layout})
+    hosts = {name: hosts_to_wire(read_hosts(settings.registry_config_dir, name)) for name in registries}
+    hosts_fd = wire.memfd("hosts", json.dumps(hosts).encode())
+    try:
+        await fetcher.call("hosts", 5.0, [hosts_fd])
+    finally:
+        os.close(hosts_fd)
+
+
 async def resolve(
     fetcher: Child,
     reference: Reference,
@@ -501,6 +526,7 @@ async def resolve(
         except OSError as exc:
             raise MountError(f"{reference}: {exc.strerror}; is it an OCI image-layout directory?") from exc
     try:
+        await send_hosts(fetcher, [reference], settings)
         fields, fds = await fetcher.call(
             "resolve",
             settings.resolve_timeout_s + 5.0,

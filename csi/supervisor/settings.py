@@ -17,6 +17,8 @@ class SupervisorSettings:
     state_dir: str
     data_dir: str
     plain_http_hosts: tuple[str, ...] = ()
+    registry_config_dir: str | None = None
+    """Where `hosts.toml` files lie, in containerd's layout."""
     layout_roots: tuple[str, ...] = ()
     """Directories below which `oci-layout:` references may lie; none by default, as tenants write references."""
     read_ahead_kb: int = 16 * 1024

@@ -33,6 +33,7 @@ class Seen:
     range: str | None
     authorization: str | None
     form: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -174,7 +175,13 @@ class FakeRegistry:
 
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
         form = request.rfile.read(int(request.headers.get("Content-Length") or 0)).decode()
-        seen = Seen(request.path, request.headers.get("Range"), request.headers.get("Authorization"), form)
+        seen = Seen(
+            request.path,
+            request.headers.get("Range"),
+            request.headers.get("Authorization"),
+            form,
+            dict(request.headers),
+        )
         with self._lock:
             self.seen.append(seen)
             fault = self._fault_for(request.path)

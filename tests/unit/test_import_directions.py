@@ -40,6 +40,7 @@ VALUES: dict[str, set[str]] = {
     "errors": set(),
     "mountinfo": set(),
     "credentials": {"errors"},
+    "registry_hosts": {"errors"},
     "volume": {"oci", "errors"},
     "provisioned": set(),
     "redact": set(),

@@ -155,7 +155,7 @@ def test_a_blob_of_another_size_is_a_size_mismatch(fake_registry: FakeRegistry, 
 def test_an_idle_connection_the_server_closed_is_replaced_unseen(fake_registry: FakeRegistry, blob: str) -> None:
     registry = source(fake_registry.host)
     assert read(registry, blob, len(CONTENT), 0, 10) == CONTENT[:10]
-    for idle in registry._transport._idle.values():
+    for idle in registry._endpoints[0]._transport._idle.values():
         for connection in idle:
             connection.sock.shutdown(2)
     assert read(registry, blob, len(CONTENT), 0, 10) == CONTENT[:10]

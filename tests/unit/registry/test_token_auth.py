@@ -18,8 +18,9 @@ from csi.errors import ModelMountError, RegistryAuthError, RegistryUnavailableEr
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
 from csi.registry.address_rules import AddressRules
-from csi.registry.client import RegistrySource, base_url
+from csi.registry.client import RegistrySource
 from csi.registry.sources import SourceSettings, open_source
+from csi.registry_hosts import own_host
 
 CONTENT = os.urandom(1 << 16)
 ANN = (Credential("ann", "pa55word"),)
@@ -163,8 +164,8 @@ def test_no_redirect_takes_the_password_along(registry: FakeRegistry, opened: Op
 
 
 def test_docker_hub_has_its_api_elsewhere() -> None:
-    assert base_url("docker.io", AddressRules()) == "https://registry-1.docker.io"
-    assert base_url("quay.io", AddressRules()) == "https://quay.io"
+    assert own_host("docker.io").authority == "registry-1.docker.io"
+    assert own_host("quay.io").authority == "quay.io"
 
 
 def test_an_identity_token_is_exchanged_by_post(registry: FakeRegistry, opened: Open) -> None:
