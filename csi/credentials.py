@@ -68,7 +68,7 @@ class Keyring:
 
         Docker Hub's own entry (`https://index.docker.io/v1/`) fits docker.io when nothing else does.
         """
-        fitting = [(key, found) for key, found in self.entries if key and _fits(key, registry, repository)]
+        fitting = [(key, found) for key, found in self.entries if key and fits(key, registry, repository)]
         if not fitting and registry in _DOCKER_HUB:
             fitting = [(key, found) for key, found in self.entries if key == _DOCKER_HUB_KEY]
         fitting.sort(key=lambda entry: entry[0], reverse=True)
@@ -258,8 +258,8 @@ def _texts(one: Credential) -> dict[str, str]:
     return {name: text for name in names if (text := getattr(one, name))}
 
 
-def _fits(key: str, registry: str, repository: str) -> bool:
-    """Equal ports, as many host labels, each a match; the path is a plain prefix, as in Kubernetes: `reg/foo` fits
+def fits(key: str, registry: str, repository: str) -> bool:
+    """Whether the key of an entry is for that repository. Equal ports, as many host labels, each a match; the path is a plain prefix, as in Kubernetes: `reg/foo` fits
     `reg/foobar`.
     """
     authority, slash, path = key.partition("/")

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import os
 import sys
 
-from csi.credentials import Credential, Credentials, Keyring, of_docker_config
+from csi.credentials import Credential, Credentials
 from csi.errors import InvalidVolumeError
+from csi.keychain.docker_config import configured, default_config
 from csi.oci.reference import Reference
 
 
@@ -26,16 +26,23 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def credentials_of(args: argparse.Namespace, reference: Reference) -> Credentials:
-    """The user on the command line, else what the configuration file has for the repository; empty for anonymous.
+    """The user on the command line, else what the configuration file and its helpers have for the repository; empty for
+    anonymous.
 
-    Raises: InvalidVolumeError for half a login, or a configuration file that cannot be used.
+    Raises: InvalidVolumeError for half a login, or a configuration file that cannot be used; RegistryUnavailableError for
+    a helper that fails.
     """
     if not args.username:
         if args.password_stdin:
             raise InvalidVolumeError("--password-stdin needs --username", field="username")
         if reference.is_layout:
             return ()
-        return _configured(args.registry_config).candidates(reference.registry, reference.repository)
+        return configured(
+            args.registry_config or default_config(),
+            reference.registry,
+            reference.repository,
+            may_be_missing=args.registry_config is None,
+        )
     if reference.is_layout:
         raise InvalidVolumeError("--username: a directory needs no credentials", field="username")
     if ":" in args.username:
@@ -49,17 +56,3 @@ def credentials_of(args: argparse.Namespace, reference: Reference) -> Credential
     if not password:
         raise InvalidVolumeError("the password is empty", field="password")
     return (Credential(args.username, password),)
-
-
-def _configured(path: str | None) -> Keyring:
-    """A file that was not asked for may be missing."""
-    directory = os.environ.get("DOCKER_CONFIG") or os.path.join(os.path.expanduser("~"), ".docker")
-    file = path or os.path.join(directory, "config.json")
-    try:
-        with open(file, encoding="utf-8", errors="replace") as opened:
-            text = opened.read()
-    except OSError as exc:
-        if path is None and isinstance(exc, FileNotFoundError | NotADirectoryError):
-            return Keyring()
-        raise InvalidVolumeError(f"{file}: cannot be read: {exc.strerror}", field="registry-config") from exc
-    return of_docker_config(text, file)

@@ -6,9 +6,14 @@ import argparse
 import os
 from typing import Any
 
+from csi.errors import InvalidVolumeError
 from csi.observe import logs
 
 # Numbers that no distribution gives to a user; the files they own are the cache's alone.
+_NODE_FILES = (
+    "registry_config_dir", "node_registry_config", "credential_provider_config", "credential_provider_bin_dir",
+)  # fmt: skip
+
 WORKER_UID, FETCHER_UID, CHILD_GID = 64100, 64101, 64100
 
 
@@ -41,6 +46,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="mirrors and certificates of registries: hosts.toml files in containerd's layout, such as "
         "/etc/containerd/certs.d (default none)",
+    )
+    group.add_argument(
+        "--node-registry-config",
+        metavar="FILE",
+        help="docker's configuration file with this node's own logins and credential helpers, for every volume of it "
+        "(default none)",
+    )
+    group.add_argument(
+        "--credential-provider-config",
+        metavar="FILE",
+        help="kubelet's CredentialProviderConfig: ask the node's credential provider plugins, as kubelet does for images",
+    )
+    group.add_argument(
+        "--credential-provider-bin-dir", metavar="DIR", help="where the credential provider plugins lie, as on kubelet"
     )
     group.add_argument(
         "--layout-root",
@@ -95,7 +114,9 @@ def flags_of(args: argparse.Namespace) -> list[str]:
         f"--spares={args.spares}",
     ]
     flags += [f"--plain-http-host={host}" for host in args.plain_http_host]
-    flags += [f"--registry-config-dir={args.registry_config_dir}"] if args.registry_config_dir else []
+    for name in _NODE_FILES:
+        value = getattr(args, name)
+        flags += [f"--{name.replace('_', '-')}={value}"] if value else []
     return flags + [f"--layout-root={root}" for root in args.layout_root]
 
 
@@ -108,12 +129,17 @@ def run(args: argparse.Namespace) -> int:
     from csi.supervisor.settings import SupervisorSettings
 
     logs.set_up("supervisor", args.log_level)
+    if bool(args.credential_provider_config) != bool(args.credential_provider_bin_dir):
+        raise InvalidVolumeError("--credential-provider-config and --credential-provider-bin-dir go together")
     is_root = os.geteuid() == 0
     settings = SupervisorSettings(
         state_dir=args.state_dir,
         data_dir=args.data_dir,
         plain_http_hosts=tuple(args.plain_http_host),
         registry_config_dir=args.registry_config_dir,
+        node_registry_config=args.node_registry_config,
+        credential_provider_config=args.credential_provider_config,
+        credential_provider_bin_dir=args.credential_provider_bin_dir,
         layout_roots=tuple(args.layout_root),
         read_ahead_kb=args.read_ahead_kb,
         fuse_backend=BackendName.RAW if args.fuse_backend == "auto" else BackendName(args.fuse_backend),

@@ -19,6 +19,11 @@ class SupervisorSettings:
     plain_http_hosts: tuple[str, ...] = ()
     registry_config_dir: str | None = None
     """Where `hosts.toml` files lie, in containerd's layout."""
+    node_registry_config: str | None = None
+    """docker's configuration file with the node's own logins."""
+    credential_provider_config: str | None = None
+    credential_provider_bin_dir: str | None = None
+    """kubelet's credential provider plugins; both or neither."""
     layout_roots: tuple[str, ...] = ()
     """Directories below which `oci-layout:` references may lie; none by default, as tenants write references."""
     read_ahead_kb: int = 16 * 1024

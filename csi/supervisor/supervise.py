@@ -26,12 +26,14 @@ from csi.errors import (
     RegistryUnavailableError,
     UnsupportedModelError,
 )
+from csi.keychain.plugins import CredentialPlugins
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
 from csi.oci.view import View
 from csi.supervisor.access import AccessRecords, Caller, Model
 from csi.supervisor.child import ChildPool, Role
 from csi.supervisor.mount import Lease, Mount, resolve
+from csi.supervisor.node_credentials import NodeCredentials
 from csi.supervisor.settings import SupervisorSettings
 from csi.volume import SHARED_DOMAIN, Prefetch, Verify, mount_key
 
@@ -56,6 +58,10 @@ class Supervisor:
             ],
             settings.spares,
         )
+        plugins = None
+        if settings.credential_provider_config and settings.credential_provider_bin_dir:
+            plugins = CredentialPlugins(settings.credential_provider_config, settings.credential_provider_bin_dir)
+        self._node_credentials = NodeCredentials(settings.node_registry_config, plugins)
         self._mounts: dict[str, Mount] = {}
         self._access = AccessRecords(os.path.join(settings.data_dir, "access"), settings.access_life_s)
         self._asking: dict[int, asyncio.Task[None]] = {}
@@ -90,6 +96,7 @@ class Supervisor:
         self._check_layout(reference)
         wanted = reference.with_digest(pinned) if pinned else reference
         # One at a time per reference: the first makes the mount, the others find it.
+        credentials = await self._node_credentials.after(credentials, wanted)
         caller = _caller(credentials, service_account)
         async with self._lock(f"{domain} {wanted}"):
             mount = self._find(wanted, verify, view, domain)
@@ -125,7 +132,10 @@ class Supervisor:
         mount = self._leased(target_path)
         if mount is None or mount.dead:
             return None
-        lease = mount.leases[target_path]
+        credentials = await self._node_credentials.after(credentials, mount.leases[target_path].reference)
+        lease = mount.leases.get(target_path)
+        if lease is None or mount.dead:  # gone meanwhile
+            return None
         changed = lease.credentials != credentials
         await mount.replace_credentials(target_path, credentials)
         age_s = self._access.age_s(_model(mount, lease.reference), _caller(credentials, lease.service_account))

@@ -26,11 +26,12 @@ ALLOWED: dict[str, set[str]] = {
     "keeper": {"fuse", "control"},
     "fetcher": {"registry", "cache", "control", "integrity", "tree", "stream", "oci"},
     "worker": {"fuse", "cache", "control", "tree", "stream", "oci"},
-    "supervisor": {"cache", "control", "fuse", "oci"},
+    "keychain": set(),
+    "supervisor": {"cache", "control", "fuse", "keychain", "oci"},
     "kube": set(),
     "driver": {"cache", "control", "observe", "oci", "wire"},
     "cli": {
-        "control", "driver", "fetcher", "fuse", "integrity", "jail", "keeper", "kube", "observe",
+        "control", "driver", "fetcher", "fuse", "integrity", "jail", "keeper", "keychain", "kube", "observe",
         "oci", "registry", "stream", "supervisor", "tree", "worker",
     },
 }  # fmt: skip
