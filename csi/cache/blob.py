@@ -7,13 +7,19 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import threading
 from collections.abc import Sequence
+from typing import Self
 
 from csi.cache import format as fmt
+from csi.cache.allowance import Allowance
 from csi.cache.format import BlobState, Mark
 from csi.errors import CacheError
 from csi.oci.digest import Digest
 from csi.stream import blocks
+
+_DIRECTORY_MODE = 0o2775
+_HASH_BYTES = 32
 
 
 class _OpenSegment:
@@ -40,17 +46,22 @@ class _MappedBlob:
         """`map_fd` -1: a map in memory only."""
         self._area_fd = area_fd
         self._name = name
-        self._flags = os.O_RDWR if writable else os.O_RDONLY
         self.size_bytes = size_bytes
         self.block_count = blocks.block_count(size_bytes)
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self._map = mmap.mmap(map_fd, fmt.HEADER_BYTES + self.block_count, mmap.MAP_SHARED, protection)
         self._segments: dict[int, _OpenSegment] = {}
+        self._generation = self._map[fmt.GENERATION_OFFSET]
 
     @property
     def state(self) -> BlobState:
         """As the writer left it, this instant."""
         return BlobState(self._map[fmt.STATE_OFFSET])
+
+    @property
+    def generation(self) -> int:
+        """Of the segments' files. What was read while it moved on may be of either file."""
+        return self._map[fmt.GENERATION_OFFSET]
 
     def has(self, block: int) -> bool:
         """Whether the block's bytes may be read. Whether they are known to be right is for the mount to say."""
@@ -71,15 +82,21 @@ class _MappedBlob:
         return os.preadv(opened.fd, buffers, at, flags)
 
     def _opened(self, segment: int) -> _OpenSegment:
+        if (generation := self._map[fmt.GENERATION_OFFSET]) != self._generation:
+            self.forget_segments()
+            self._generation = generation
         opened = self._segments.get(segment)
         if opened is None:
             try:
-                path = f"{self._name}/{fmt.segment_name(segment)}"
-                fd = os.open(path, self._flags | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._area_fd)
+                opened = self._open(segment)
             except OSError as exc:
                 raise CacheError(f"cache segment {segment} cannot be opened: {exc.strerror}") from exc
-            opened = self._segments.setdefault(segment, _OpenSegment(fd))
+            opened = self._segments.setdefault(segment, opened)
         return opened
+
+    def _open(self, segment: int) -> _OpenSegment:
+        path = f"{self._name}/{fmt.segment_name(segment)}"
+        return _OpenSegment(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._area_fd))
 
     def forget_segments(self) -> None:
         """Open them anew at the next use: what they were may have been replaced."""
@@ -118,40 +135,64 @@ class BlobWriter(_MappedBlob):
     blocks, and a segment that two threads allocate at once is opened once.
     """
 
+    def __init__(
+        self, area_fd: int, name: str, map_fd: int, size_bytes: int, allowance: Allowance | None = None
+    ) -> None:
+        super().__init__(area_fd, name, map_fd, size_bytes, writable=True)
+        self._allowance = allowance
+        self._writable: dict[int, _OpenSegment] = {}
+        self._replacing = threading.Lock()
+        self.hashes: bytes | None = None
+        """BLAKE3 of every block where the segments are those of a proven blob."""
+
     @classmethod
     def open(
-        cls, area_fd: int, digest: Digest, size_bytes: int, boot_id: bytes, *, recheck: bool = False
-    ) -> BlobWriter:
+        cls,
+        area_fd: int,
+        digest: Digest,
+        size_bytes: int,
+        boot_id: bytes,
+        *,
+        recheck: bool = False,
+        allowance: Allowance | None = None,
+    ) -> Self:
         """Resume what an earlier writer left, or start empty. `recheck`: the caller can and will check every block
-        found here (see `is_kept`) before it marks it. Raises: CacheError.
+        found here (see `is_kept`) before it marks it; it must where the blob is a proven one (see `hashes`). Disk is taken
+        from `allowance`, where there is one.
+
+        Raises: CacheError.
         """
         try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(digest.path_name, 0o750, dir_fd=area_fd)
+            make_directory(area_fd, digest)
+            hashes = _shared_hashes(area_fd, digest, size_bytes)
+            recheck = recheck or hashes is not None
             map_fd = _open_map(area_fd, digest.path_name, size_bytes, boot_id, recheck=recheck)
         except OSError as exc:
             raise CacheError(f"cache of blob {digest.short()} cannot be opened: {exc.strerror}") from exc
         try:
-            writer = cls(area_fd, digest.path_name, map_fd, size_bytes, writable=True)
-            if recheck:
-                writer._keep_all()
-            return writer
+            writer = cls(area_fd, digest.path_name, map_fd, size_bytes, allowance)
         except (OSError, ValueError) as exc:
             raise CacheError(f"block map of blob {digest.short()} cannot be mapped: {exc}") from exc
         finally:
             os.close(map_fd)
+        if hashes is not None:
+            writer._use_shared(hashes)
+        elif recheck:
+            found = writer._map[fmt.HEADER_BYTES :]
+            writer._map[fmt.HEADER_BYTES :] = found.translate(_ALL_KEPT)
+        return writer
 
     @classmethod
     def without_disk(cls, area_fd: int, digest: Digest, size_bytes: int) -> BlobWriter:
         """For a cache that cannot even hold the map: it has no block, and every write may fail."""
-        return cls(area_fd, digest.path_name, -1, size_bytes, writable=True)
+        return cls(area_fd, digest.path_name, -1, size_bytes)
 
     def write(self, block: int, start: int, data: memoryview) -> None:
         """Write bytes of a block from `start` within it. Raises: CacheError (a full disk)."""
         segment, offset = blocks.segment_of(block)
         offset += start
         try:
-            opened = self._segments.get(segment) or self._allocate(segment)
+            opened = self._writable.get(segment) or self._allocate(segment)
             while data:
                 written = os.pwrite(opened.fd, data, offset)
                 data, offset = data[written:], offset + written
@@ -161,6 +202,14 @@ class BlobWriter(_MappedBlob):
     def mark(self, block: int) -> None:
         """Every byte of the block is written (and checked, where that can be done): readers may have it."""
         self._map[fmt.HEADER_BYTES + block] = Mark.PRESENT
+
+    def mark_checked(self, block: int, generation: int) -> bool:
+        """Mark a kept block whose bytes, read at that `generation`, are right. False when they are not there any more."""
+        with self._replacing:
+            if self.generation != generation:
+                return False
+            self.mark(block)
+            return True
 
     def is_kept(self, block: int) -> bool:
         """Whether the block was there at the start and is to be checked: then `mark` or `drop` it."""
@@ -188,29 +237,81 @@ class BlobWriter(_MappedBlob):
         self._map[fmt.STATE_OFFSET] = BlobState.POISONED
         self._map[fmt.HEADER_BYTES :] = bytes(self.block_count)
 
-    def _keep_all(self) -> None:
-        found = self._map[fmt.HEADER_BYTES :]
-        self._map[fmt.HEADER_BYTES :] = found.translate(_ALL_KEPT)
+    def adopt(self, digest: Digest) -> bool:
+        """The segments may have been replaced by those of a proven blob. True when they were."""
+        hashes = _shared_hashes(self._area_fd, digest, self.size_bytes)
+        if hashes is None or self.hashes is not None or self.state is BlobState.POISONED:
+            return False
+        if self.stored_blocks() == self.block_count:  # the same bytes, and the store has hashed them
+            self.hashes = hashes
+            self._writable.clear()
+            self._next_generation()
+        else:
+            self._use_shared(hashes)
+        return True
+
+    def _use_shared(self, hashes: bytes) -> None:
+        self.hashes = hashes
+        self._writable.clear()
+        self._map[fmt.HEADER_BYTES :] = bytes([Mark.KEPT]) * self.block_count
+        self._map[fmt.STATE_OFFSET] = BlobState.VERIFIED
+        self._next_generation()
+
+    def _next_generation(self) -> None:
+        self._map[fmt.GENERATION_OFFSET] = (self._map[fmt.GENERATION_OFFSET] + 1) % 256
 
     def _allocate(self, segment: int) -> _OpenSegment:
         path = f"{self._name}/{fmt.segment_name(segment)}"
         try:
             fd = self._create(path)
-        except (PermissionError, IsADirectoryError):  # not a file of ours: somebody put it there
-            os.rename(path, f"{path}.foreign", src_dir_fd=self._area_fd, dst_dir_fd=self._area_fd)
-            fd = self._create(path)
+        except (PermissionError, IsADirectoryError):
+            fd = self._put_aside(path, segment)
         try:
             length = blocks.segment_length(self.size_bytes, segment)
             if os.fstat(fd).st_size != length:
+                if self._allowance is not None:
+                    self._allowance.take(length)
                 os.posix_fallocate(fd, 0, length)
-        except OSError:
+        except BaseException:
             os.close(fd)
             raise
-        return self._segments.setdefault(segment, _OpenSegment(fd))  # another thread may have been first
+        return self._writable.setdefault(segment, _OpenSegment(fd))  # another thread may have been first
+
+    def _put_aside(self, path: str, segment: int) -> int:
+        """The segment is not ours to write: a link to a proven blob, or something that somebody put there. Nothing of it
+        counts any more, and a file of our own takes its place.
+        """
+        with self._replacing:
+            with contextlib.suppress(PermissionError, IsADirectoryError):
+                return self._create(path)  # another thread was first
+            first = segment * blocks.SEGMENT_BLOCKS
+            for block in range(first, min(first + blocks.SEGMENT_BLOCKS, self.block_count)):
+                self._map[fmt.HEADER_BYTES + block] = Mark.ABSENT
+            os.rename(path, f"{path}.aside", src_dir_fd=self._area_fd, dst_dir_fd=self._area_fd)
+            self._next_generation()  # before the new file is there: who reads that one sees that it moved on
+            return self._create(path)
 
     def _create(self, path: str) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         return os.open(path, flags, fmt.FILE_MODE, dir_fd=self._area_fd)
+
+
+def make_directory(area_fd: int, digest: Digest) -> None:
+    """Where a blob of a mount lies: ours, with the store's group. Raises: OSError."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(digest.path_name, 0o775, dir_fd=area_fd)
+        os.chmod(digest.path_name, _DIRECTORY_MODE, dir_fd=area_fd)
+
+
+def _shared_hashes(area_fd: int, digest: Digest, size_bytes: int) -> bytes | None:
+    try:
+        path = f"{digest.path_name}/{fmt.HASHES_NAME}"
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=area_fd)
+    except OSError:
+        return None
+    with open(fd, "rb") as file:
+        hashes = file.read()
+    return hashes if len(hashes) == blocks.block_count(size_bytes) * _HASH_BYTES else None
 
 
 _ALL_KEPT = bytes([Mark.ABSENT, Mark.KEPT, Mark.KEPT, *[Mark.ABSENT] * 253])

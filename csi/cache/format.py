@@ -5,6 +5,8 @@
     seg-00001   times the CPU), and so on
     index       of an archive layer: what is in it, see `csi.oci.archive.layer_index`
     decoded     of a layer that can only be decoded from its start: the result, complete when there is an index
+    hashes      BLAKE3 of every block, 32 bytes each: the segments are links to a blob that the store has proven, they
+                cannot be written, and every block is checked before it is read
 
 The map is shared memory between the one writer and any number of readers. A block is marked after its bytes are
 in the segment, so a process that dies at any instant loses at most unmarked blocks. A machine that dies may lose
@@ -27,11 +29,15 @@ from csi.oci.digest import Digest
 
 VERSION = 1
 MAP_NAME = "map"
-FILE_MODE = 0o640  # the worker is in the writer's group
+# The group is the store's, which links and removes; workers are others. Nobody but these reaches the directories above.
+FILE_MODE = 0o644
+HASHES_NAME = "hashes"
 _MAGIC = b"MMBLKMAP"
-_HEADER = struct.Struct("<8sHHIQQB15x16s")  # magic version pad block_bytes size blocks state boot_id
+_HEADER = struct.Struct("<8sHHIQQBB14x16s")  # magic version pad block_bytes size blocks state generation boot_id
 HEADER_BYTES = _HEADER.size
 STATE_OFFSET = 32
+GENERATION_OFFSET = 33
+"""Moves on when the file of a segment is replaced by another: then readers open their segments again."""
 
 
 class BlobState(IntEnum):
@@ -68,14 +74,14 @@ class MapHeader:
 def pack_header(header: MapHeader) -> bytes:
     """64 bytes."""
     return _HEADER.pack(
-        _MAGIC, VERSION, 0, header.block_bytes, header.size_bytes, header.blocks, header.state, header.boot_id
+        _MAGIC, VERSION, 0, header.block_bytes, header.size_bytes, header.blocks, header.state, 0, header.boot_id
     )
 
 
 def unpack_header(data: bytes | memoryview) -> MapHeader:
     """Raises: CacheError for a file that is not a block map of this version."""
     try:
-        magic, version, _, block_bytes, size_bytes, blocks, state, boot_id = _HEADER.unpack_from(data)
+        magic, version, _, block_bytes, size_bytes, blocks, state, _, boot_id = _HEADER.unpack_from(data)
         known_state = BlobState(state)
     except (struct.error, ValueError) as exc:
         raise CacheError("damaged block map") from exc
@@ -89,9 +95,14 @@ def segment_name(segment: int) -> str:
     return f"seg-{segment:05d}"
 
 
+def domain_path(domain: str) -> str:
+    """Where everything of a trust domain lies, relative to the cache directory."""
+    return f"v{VERSION}/{domain}"
+
+
 def area_path(domain: str, mount_id: str) -> str:
     """Where the blobs of one mount lie, relative to the cache directory."""
-    return f"v{VERSION}/{domain}/mounts/{mount_id}"
+    return f"{domain_path(domain)}/mounts/{mount_id}"
 
 
 def layer_index_path(digest: Digest) -> str:

@@ -1,4 +1,4 @@
-"""`modelmount worker` and `modelmount fetcher`: started by the supervisor, never by hand."""
+"""`modelmount worker`, `fetcher` and `store`: started by the supervisor, never by hand."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from csi.observe import logs
 
 
 def add_parser(subparsers: Any) -> None:
-    """Register both verbs."""
-    for name, what in (("worker", "serves one mount"), ("fetcher", "fetches the blobs of one mount")):
+    """Register the verbs."""
+    for name, what in (
+        ("worker", "serves one mount"),
+        ("fetcher", "fetches the blobs of one mount"),
+        ("store", "shares proven blobs between mounts, keeps the cache within its limits"),
+    ):
         parser = subparsers.add_parser(name, help=f"{what} (started by the supervisor)")
         parser.add_argument("--control-fd", type=int, required=True, help="the socket to the supervisor")
         parser.add_argument("--uid", type=int, help="become this user before the first message")
@@ -24,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
     logs.set_up(args.verb, args.log_level)
     if args.verb == "worker":
         from csi.worker.main import run as serve
+    elif args.verb == "store":
+        from csi.store.main import run as serve
     else:
         from csi.fetcher.main import run as serve
     from csi.jail.privileges import become, raise_descriptor_limit

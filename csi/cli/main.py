@@ -20,12 +20,14 @@ _VERBS = {
     "umount": "csi.cli.mount",
     "status": "csi.cli.status",
     "doctor": "csi.cli.doctor",
+    "cache": "csi.cli.cache",
     "node": "csi.cli.node",
     "controller": "csi.cli.controller",
     "keeper": "csi.cli.keeper",
     "supervisor": "csi.cli.supervisor",
     "worker": "csi.cli.child",
     "fetcher": "csi.cli.child",
+    "store": "csi.cli.child",
 }
 
 

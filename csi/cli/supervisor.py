@@ -8,13 +8,14 @@ from typing import Any
 
 from csi.errors import InvalidVolumeError
 from csi.observe import logs
+from csi.quantity import parse_size
 
 # Numbers that no distribution gives to a user; the files they own are the cache's alone.
 _NODE_FILES = (
     "registry_config_dir", "node_registry_config", "credential_provider_config", "credential_provider_bin_dir",
 )  # fmt: skip
 
-WORKER_UID, FETCHER_UID, CHILD_GID = 64100, 64101, 64100
+WORKER_UID, FETCHER_UID, STORE_UID, CHILD_GID, STORE_GID = 64100, 64101, 64102, 64100, 64102
 
 
 def add_parser(subparsers: Any) -> None:
@@ -34,6 +35,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say how models are fetched and cached."""
     group = parser.add_argument_group("fetching and cache")
     group.add_argument("--data-dir", default="/var/lib/modelmount", help="cache and pins (default %(default)s)")
+    group.add_argument(
+        "--cache-limit",
+        type=parse_size,
+        default=0,
+        metavar="SIZE",
+        help="hard limit of the cache, such as 500GB or 2TiB (default: none but the floor)",
+    )
+    group.add_argument(
+        "--cache-min-free",
+        type=float,
+        default=16.0,
+        metavar="PERCENT",
+        help="of the cache's file system stay free (default 16: kubelet evicts pods at 15)",
+    )
     group.add_argument(
         "--plain-http-host",
         action="append",
@@ -112,6 +127,8 @@ def flags_of(args: argparse.Namespace) -> list[str]:
         f"--read-ahead-kb={args.read_ahead_kb}",
         f"--fuse-backend={args.fuse_backend}",
         f"--spares={args.spares}",
+        f"--cache-limit={args.cache_limit}",
+        f"--cache-min-free={args.cache_min_free}",
     ]
     flags += [f"--plain-http-host={host}" for host in args.plain_http_host]
     for name in _NODE_FILES:
@@ -151,6 +168,10 @@ def run(args: argparse.Namespace) -> int:
         worker_uid=WORKER_UID if is_root else None,
         fetcher_uid=FETCHER_UID if is_root else None,
         child_gid=CHILD_GID if is_root else None,
+        store_uid=STORE_UID if is_root else None,
+        store_gid=STORE_GID if is_root else None,
+        cache_limit_bytes=args.cache_limit,
+        cache_min_free=args.cache_min_free / 100,
         allowed_uids=frozenset({0, os.geteuid()}),
     )
     asyncio.run(serve(settings))

@@ -18,6 +18,7 @@ from csi.volume import SHARED_DOMAIN, Prefetch, Verify
 SOCKET_NAME = "supervisor.sock"
 _ENSURE_TIMEOUT_S = 100.0  # below kubelet's two minutes; the work goes on, and the next call joins it
 _QUICK_TIMEOUT_S = 20.0
+_CACHE_TIMEOUT_S = 3600.0
 _STATUS_LIMIT_BYTES = 256 * 1024 * 1024
 
 
@@ -89,6 +90,15 @@ class SupervisorClient:
     def reconcile(self, target_paths: list[str]) -> None:
         """These leases are all we have."""
         self._call("reconcile", target_paths=target_paths)
+
+    def cache(self, verb: str, **fields: Any) -> dict[str, Any]:
+        """What `modelmount cache` asks of the store. Hashing everything takes its time."""
+        _, fds = endpoint.call(self._path, "cache", _CACHE_TIMEOUT_S, verb=verb, **fields)
+        try:
+            result: dict[str, Any] = json.loads(wire.read_all(wire.exactly(fds, 1)[0], _STATUS_LIMIT_BYTES, "cache"))
+        finally:
+            wire.close_all(fds)
+        return result
 
     def status(self, target_path: str | None = None) -> list[dict[str, Any]]:
         """Every mount (or one target's) with progress, counters and events."""

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from csi.cache import format as fmt
-from csi.cache.blob import BlobWriter, this_boot
+from csi.cache.blob import BlobWriter, make_directory, this_boot
 from csi.cache.format import BlobState
 from csi.control import wire
 from csi.errors import (
@@ -38,7 +38,7 @@ from csi.errors import (
     SizeMismatchError,
 )
 from csi.fetcher.engine import EngineSettings, FetchEngine
-from csi.integrity.index import BlockIndex
+from csi.integrity.index import BlobHashes, BlockIndex
 from csi.oci.digest import Digest
 from csi.stream.ports import ModelSource
 from csi.stream.scheduler import Priority
@@ -152,16 +152,19 @@ class BuildService:
         if self._engine is not None:
             raise ControlError("fetcher: the build's blobs are being fetched already")
         self._specs = [BlobSpec(Digest.parse(digest), int(size)) for digest, size in listed]
-        hashes = None
+        hashes: list[BlobHashes | None] = [None] * len(self._specs)
         if self._index is not None:
             if missing := [spec.digest.short() for spec in self._specs if spec.digest not in self._index]:
                 raise ControlError(f"fetcher: the worker asks for {missing[0]}, which the block index does not have")
             hashes = [self._index[spec.digest] for spec in self._specs]
         boot_id = this_boot()
         self._writers = [
-            BlobWriter.open(self._area_fd, spec.digest, spec.size_bytes, boot_id, recheck=hashes is not None)
+            BlobWriter.open(self._area_fd, spec.digest, spec.size_bytes, boot_id, recheck=self._index is not None)
             for spec in self._specs
         ]
+        for position, (spec, writer) in enumerate(zip(self._specs, self._writers, strict=True)):
+            if hashes[position] is None and writer.hashes is not None:
+                hashes[position] = BlobHashes(spec.digest, spec.size_bytes, writer.hashes)
         self._engine = FetchEngine(
             self._sources(),
             self._specs,
@@ -299,8 +302,7 @@ class BuildService:
         digest = _spec(request).digest
         path = fmt.layer_index_path(digest)
         try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(digest.path_name, 0o750, dir_fd=self._area_fd)
+            make_directory(self._area_fd, digest)
             if request.get("spooled"):
                 partial = self._spools[digest]
                 _sync(partial, self._area_fd)

@@ -102,12 +102,13 @@ class Counters:
 
 class FetchEngine:
     """`sources` are used in turn: the next one when one fails. `writers[i]` is the cache of `specs[i]`, and `hashes[i]`
-    are the hashes of its blocks (None for all, or for none).
+    are the hashes of its blocks, where they are known.
 
     Callbacks come from our threads: `on_block(blob, block)`, `on_failed(blob, block, error)` for a block that will not
     come without being asked for again, `on_wrong(error)` when bytes were found wrong, received or stored ones, and
-    `on_lent(blob, block, slot)`, which says whether the worker has been told of that slot of `ring`. Without a ring every
-    block goes to the cache or is lost.
+    `on_lent(blob, block, slot)`, which says whether the worker has been told of that slot of `ring`, and
+    `on_complete(blob)` when all of a blob is here, checked, and not from a proven blob already. Without a ring every block
+    goes to the cache or is lost.
     """
 
     def __init__(
@@ -121,8 +122,9 @@ class FetchEngine:
         on_failed: Callable[[int, int, ModelMountError], None],
         on_wrong: Callable[[ModelMountError], None],
         on_lent: Callable[[int, int, int], bool] = lambda blob, block, slot: False,
+        on_complete: Callable[[int], None] = lambda blob: None,
         ring: LendingRing | None = None,
-        hashes: Sequence[BlobHashes] | None = None,
+        hashes: Sequence[BlobHashes | None] | None = None,
     ) -> None:
         self._sources = list(sources)
         self._turn = 0  # which source is used; moves on when one fails
@@ -131,12 +133,15 @@ class FetchEngine:
         self._settings = settings
         self._on_block, self._on_failed, self._on_wrong = on_block, on_failed, on_wrong
         self._on_lent, self._ring = on_lent, ring
-        self._hashes = hashes
+        self._on_complete = on_complete
+        self._hashes: list[BlobHashes | None] = list(hashes) if hashes is not None else [None] * len(specs)
+        self._complete: set[int] = set()
+        self._held: set[int] = set()
         self._lock = threading.Condition()
         self._stopping = False
         self._generation = 0  # counts changes of sources and credentials; a wait for better ones ends when it moves
         self._scheduler = Scheduler(
-            [spec.size_bytes for spec in specs], self._is_present, is_kept=self._is_kept, fill=settings.fill
+            [spec.size_bytes for spec in specs], self._is_present, is_kept=self._is_left, fill=settings.fill
         )
         self._counters = Counters()
         self._last_want = 0.0
@@ -145,6 +150,7 @@ class FetchEngine:
         self._no_writes_until = 0.0
         self._write_s = 0.0  # seconds that writing a block takes, averaged
         self._disk_is_slow = False
+        self._fetch_unwritten = False  # what was lent and not kept is fetched again when there is nothing better to do
         self._behind: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
@@ -155,7 +161,7 @@ class FetchEngine:
             self._spawn(f"fetch-{number}", functools.partial(self._fetch_loop, least))
         if self._ring is not None:
             self._spawn("write", self._write_loop)
-        if self._hashes is None:
+        if None in self._hashes:
             self._spawn("hash", self._hash_loop)
 
     def stop(self) -> None:
@@ -187,6 +193,28 @@ class FetchEngine:
         """The blob is not what the mount was made from, whatever its sha256: nobody reads another byte of it."""
         self._writers[blob].poison()
         self._on_wrong(error)
+
+    def adopt_shared(self, blob: int) -> None:
+        """The store may have put a proven blob in place of what we have, or had not yet."""
+        writer, spec = self._writers[blob], self._specs[blob]
+        if writer.adopt(spec.digest) and writer.hashes is not None:
+            with self._lock:
+                if self._hashes[blob] is None:
+                    self._hashes[blob] = BlobHashes(spec.digest, spec.size_bytes, writer.hashes)
+        self.hold(blob, held=False)
+
+    def hold(self, blob: int, *, held: bool) -> None:
+        """Leave a blob out of the background while it may still come from elsewhere."""
+        with self._lock:
+            (self._held.add if held else self._held.discard)(blob)
+            self._scheduler.rewind()
+            self._lock.notify_all()
+
+    def write_again(self) -> None:
+        """There is room in the cache (again)."""
+        with self._lock:
+            self._no_writes_until = 0.0
+            self._lock.notify_all()
 
     def room_again(self) -> None:
         """Slots of the ring came back."""
@@ -260,8 +288,9 @@ class FetchEngine:
     def _is_present(self, blob: int, block: int) -> bool:
         return self._writers[blob].has(block)
 
-    def _is_kept(self, blob: int, block: int) -> bool:
-        return self._writers[blob].is_kept(block)
+    def _is_left(self, blob: int, block: int) -> bool:
+        """Not for the background: it need only be checked, or comes from elsewhere."""
+        return blob in self._held or self._writers[blob].is_kept(block)
 
     def _fetch_loop(self, least: Priority) -> None:
         # Page-aligned and reused: fresh memory and unaligned copies each cost more than the network does.
@@ -284,6 +313,10 @@ class FetchEngine:
                 allowed, patience_s = self._allowed(least)
                 if job := self._scheduler.next_job(allowed):
                     return job
+                if self._fetch_unwritten and allowed is Priority.BACKGROUND:
+                    self._fetch_unwritten = False
+                    self._scheduler.rewind()
+                    continue
                 self._lock.wait(patience_s)
         return None
 
@@ -307,17 +340,19 @@ class FetchEngine:
 
     def _is_good_in_cache(self, blob: int, block: int, buffer: memoryview) -> bool:
         """Check a block that an earlier process left. False for none, and for one that is not right (any more)."""
-        writer = self._writers[blob]
-        if self._hashes is None or not writer.is_kept(block):
+        writer, hashes = self._writers[blob], self._hashes[blob]
+        if hashes is None or not writer.is_kept(block):
             return False
         content = buffer[: blocks.block_length(self._specs[blob].size_bytes, block)]
+        generation = writer.generation
         try:
             _read_stored(writer, block, content)
-            right = self._hashes[blob].is_right(block, content)
+            right = hashes.is_right(block, content)
         except (OSError, CacheError):
             right = False
+        if writer.generation != generation or (right and not writer.mark_checked(block, generation)):
+            return False  # another file took the place of what was read
         if right:
-            writer.mark(block)
             self._arrived(blob, block, fetched_bytes=0)
             return True
         self._drop(blob, block)
@@ -357,11 +392,12 @@ class FetchEngine:
         """One block from the network to its mark, or to the worker. Raises: DigestMismatchError, and then nothing of it
         is stored or read.
         """
-        if self._hashes is None and not self._disk_is_slow:
+        hashes = self._hashes[blob]
+        if hashes is None and not self._disk_is_slow:
             self._receive_and_write(reader, blob, block, content)
             return
         reader.readinto(content)
-        if self._hashes is not None and not self._hashes[blob].is_right(block, content):
+        if hashes is not None and not hashes.is_right(block, content):
             raise self._wrong_block(source, blob, block)
         if not (self._disk_is_slow and self._readers_wait() and self._lend(blob, block, content, write=True)):
             self._write(blob, block, 0, content, last=True)
@@ -406,6 +442,7 @@ class FetchEngine:
         else:
             with self._lock:
                 self._counters.unwritten_blocks += 1
+                self._fetch_unwritten = True
         with self._lock:
             self._counters.lent_blocks += 1
         if not self._on_lent(blob, block, slot):
@@ -437,7 +474,7 @@ class FetchEngine:
             self._no_writes_until = now + _CACHE_REST_S
             self._counters.cache_errors += 1
             self._counters.last_error, self._counters.last_error_at = error, time.time()
-            self._scheduler.rewind()  # what is lent now is fetched again, once it can be kept
+            self._fetch_unwritten = True
         log.warning("%s; blocks go to readers without it for %g s", error, _CACHE_REST_S)
 
     def _note_write_time(self, seconds: float, size_bytes: int) -> None:
@@ -467,6 +504,18 @@ class FetchEngine:
             self._lock.notify_all()
         if self._is_present(blob, block):  # else it was lent, and said so
             self._on_block(blob, block)
+            if (
+                self._hashes[blob] is not None
+                and self._writers[blob].stored_blocks() == self._writers[blob].block_count
+            ):
+                self._told_complete(blob)
+
+    def _told_complete(self, blob: int) -> None:
+        with self._lock:
+            if blob in self._complete or self._writers[blob].hashes is not None:
+                return
+            self._complete.add(blob)
+        self._on_complete(blob)
 
     def _failed(self, job: Job, error: ModelMountError) -> None:
         # Credentials may be replaced and room be made while readers wait; what is not there stays not there.
@@ -513,7 +562,7 @@ class FetchEngine:
         """Check each blob's sha256 once its blocks are there, in order, while they are still in the page cache."""
         buffer = memoryview(mmap.mmap(-1, blocks.BLOCK_BYTES))
         for blob in range(len(self._specs)):
-            while self._writers[blob].state is BlobState.FILLING:
+            while self._hashes[blob] is None and self._writers[blob].state is BlobState.FILLING:
                 if not self._hash_blob(blob, buffer):
                     return
 
@@ -523,10 +572,12 @@ class FetchEngine:
         hasher = spec.digest.hasher()
         for block in range(writer.block_count):
             with self._lock:
-                while not writer.has(block) and not self._stopping:
+                while not writer.has(block) and not self._stopping and self._hashes[blob] is None:
                     self._lock.wait()
                 if self._stopping:
                     return False
+                if self._hashes[blob] is not None:
+                    return True  # proven by somebody else meanwhile
                 if self._settings.cores < _SCARCE_CORES and self._readers_wait():
                     # Hashing would take the core that the reader's bytes need: a block in a while is enough.
                     self._lock.wait_for(lambda: self._stopping or not self._readers_wait(), _HASH_PATIENCE_S)
@@ -538,6 +589,7 @@ class FetchEngine:
                 writer.mark_verified()
             except CacheError as exc:
                 log.warning("blob %s is right, but cannot be kept: %s", spec.digest.short(), exc)
+            self._told_complete(blob)
             return True
         error = DigestMismatchError(
             f"blob {spec.digest.short()} from {self._sources[0].origin}: the {spec.size_bytes} bytes received hash to "

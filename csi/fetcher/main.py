@@ -6,6 +6,9 @@
                  mount
     build        a channel to the worker that finds out what is in the model (see `csi.fetcher.build`)
     fill         fetch the whole model from now on
+    challenge    blobs that the store has: their blocks that our registry has to show first
+    shared       the store has put a proven blob into the area
+    grant        how much more may be allocated
     worker       a channel to the mount's (new) worker, which then sends the list of blobs and what it wants
     hosts        which hosts serve which registry (mirrors), for the sources opened from then on
     credentials  where the blobs come from now, and as whom; reads that wait for better credentials go on
@@ -32,7 +35,8 @@ from typing import Any
 
 from csi import credentials, registry_hosts
 from csi.cache import format as fmt
-from csi.cache.blob import BlobWriter, this_boot
+from csi.cache.allowance import Allowance
+from csi.cache.blob import BlobWriter, make_directory, this_boot
 from csi.cache.ring import LendingRing
 from csi.control import wire
 from csi.errors import CacheError, ControlError, DigestMismatchError, ModelMountError, to_wire
@@ -40,8 +44,9 @@ from csi.fetcher.build import BuildService
 from csi.fetcher.engine import EngineSettings, FetchEngine
 from csi.fetcher.index_source import has_index, load_index
 from csi.fetcher.possession import prove_possession
-from csi.integrity.index import BlockIndex
+from csi.integrity.index import BlobHashes, BlockIndex
 from csi.oci.digest import Digest
+from csi.oci.manifest import parse_manifest
 from csi.oci.reference import Reference
 from csi.registry.address_rules import AddressRules
 from csi.registry.client import RegistrySource
@@ -56,6 +61,8 @@ log = logging.getLogger(__name__)
 
 _MAX_HOSTS_BYTES = 64 * 1024 * 1024
 _MAX_SPECS_BYTES = 16 * 1024 * 1024
+_SHARED_FROM_BYTES = 8 * 1024 * 1024  # below it, fetching costs no more than sharing
+_PROOF_PATIENCE_S = 10.0
 _RING_SLOTS = 16
 """64 MiB, and nothing of it is used while the cache takes what comes."""
 
@@ -79,6 +86,9 @@ class Fetcher:
         self._hosts: dict[str, tuple[RegistryHost, ...]] = {}
         self._ring = LendingRing(_RING_SLOTS)
         self._lent: set[int] = set()
+        self._specs: list[BlobSpec] = []
+        self._challenges: dict[Digest, int] = {}
+        self._allowance = Allowance(lambda: self._notify_supervisor({"op": "grant"}))
 
     def run(self) -> None:
         """Until the supervisor closes the control socket."""
@@ -107,13 +117,27 @@ class Fetcher:
                     # In a thread: a registry that does not answer must not keep credentials or stats waiting.
                     threading.Thread(target=self._resolve, args=(request, fds), daemon=True, name="resolve").start()
                 case "start":
-                    self._start(request, fds)
-                    self._reply(wire.ok(request))
+                    layers_fd = self._start(request, fds)
+                    try:
+                        self._reply(wire.ok(request), [layers_fd])
+                    finally:
+                        os.close(layers_fd)
                 case "build":
                     self._serve_build(wire.exactly(fds, 1)[0])
                     self._reply(wire.ok(request))
                 case "fill":
                     self._fill()
+                    self._reply(wire.ok(request))
+                case "challenge":
+                    self._challenge(wire.exactly(fds, 1)[0])
+                    self._reply(wire.ok(request))
+                case "shared":
+                    self._adopt_shared(Digest.parse(wire.field(request, "digest", str)))
+                    self._reply(wire.ok(request))
+                case "grant":
+                    self._allowance.add(wire.field(request, "size_bytes", int))
+                    if self._engine is not None:
+                        self._engine.write_again()
                     self._reply(wire.ok(request))
                 case "hosts":
                     self._use_hosts(wire.exactly(fds, 1)[0])
@@ -170,7 +194,8 @@ class Fetcher:
         finally:
             os.close(manifest_fd)
 
-    def _start(self, request: wire.Message, fds: list[int]) -> None:
+    def _start(self, request: wire.Message, fds: list[int]) -> int:
+        """A memfd: the layers worth sharing, for the store, which finds a directory for each of them."""
         if not fds or self._sources:
             wire.close_all(fds)
             raise ControlError("fetcher: start needs the cache area, once")
@@ -178,13 +203,60 @@ class Fetcher:
         self._engine_settings = EngineSettings(
             threads=wire.field(request, "threads", int), fill=wire.field(request, "fill", bool)
         )
+        self._allowance.add(wire.field(request, "allowance", int))
         self._use_sources(request, fds[1:])
+        layers = self._shareable(self._resolved)
         if Verify(wire.field(request, "verify", str)) is Verify.CHUNK:
             digest = Digest.parse(wire.field(request, "digest", str))
             resolved = self._resolved
             known = resolved.data if resolved is not None and resolved.digest == digest else None
             self._index = load_index(self._area_fd, self._sources[0], digest, known)
         self._resolved = None
+        for name, _ in layers:
+            with contextlib.suppress(OSError):  # what cannot be shared is fetched
+                make_directory(self._area_fd, Digest.parse(name))
+        return wire.memfd("layers", json.dumps(layers).encode())
+
+    def _shareable(self, resolved: ManifestBytes | None) -> list[tuple[str, int]]:
+        """Digest and size of every layer that is worth the store's work. None after a restart: they are shared by then."""
+        if resolved is None:
+            return []
+        try:
+            layers = parse_manifest(resolved.data).layers
+        except ModelMountError:  # the worker says what is wrong with it
+            return []
+        return [(str(layer.digest), layer.size_bytes) for layer in layers if layer.size_bytes >= _SHARED_FROM_BYTES]
+
+    def _challenge(self, challenges_fd: int) -> None:
+        try:
+            wanted = json.loads(wire.read_all(challenges_fd, _MAX_SPECS_BYTES, "challenges"))
+        finally:
+            os.close(challenges_fd)
+        self._challenges = {Digest.parse(digest): int(block) for digest, block in wanted}
+        self._show_blocks()
+
+    def _show_blocks(self) -> None:
+        """Ask for the blocks we are to show; the rest of their blobs waits a little."""
+        if self._engine is None:
+            return
+        for blob, spec in enumerate(self._specs):
+            if (block := self._challenges.get(spec.digest)) is not None:
+                self._engine.hold(blob, held=True)
+                self._engine.want(blob, block, 1, Priority.DEMAND)
+                release = threading.Timer(_PROOF_PATIENCE_S, self._engine.hold, (blob,), {"held": False})
+                release.daemon = True
+                release.start()
+
+    def _adopt_shared(self, digest: Digest) -> None:
+        if self._engine is not None:
+            for blob, spec in enumerate(self._specs):
+                if spec.digest == digest:
+                    self._engine.adopt_shared(blob)
+
+    def _on_complete(self, blob: int) -> None:
+        spec = self._specs[blob]
+        if spec.size_bytes >= _SHARED_FROM_BYTES:
+            self._notify_supervisor({"op": "complete", "digest": str(spec.digest), "size_bytes": spec.size_bytes})
 
     def _serve_build(self, channel_fd: int) -> None:
         channel = socket.socket(fileno=channel_fd)
@@ -301,20 +373,30 @@ class Fetcher:
             return
         if not self._sources or self._area_fd is None:
             raise ControlError("fetcher: a worker was attached before resolve and start")
-        hashes = None
+        hashes: list[BlobHashes | None] = [None] * len(specs)
         if self._index is not None:
             if missing := [spec.digest.short() for spec in specs if spec.digest not in self._index]:
                 raise ControlError(f"fetcher: the worker asks for {missing[0]}, which the block index does not have")
             hashes = [self._index[spec.digest] for spec in specs]
         boot_id = this_boot()
         area_fd = self._area_fd
-        writers, trouble = [], None
+        writers: list[BlobWriter] = []
+        trouble: CacheError | None = None
         for spec in specs:
             try:
-                writer = BlobWriter.open(area_fd, spec.digest, spec.size_bytes, boot_id, recheck=hashes is not None)
+                writer = BlobWriter.open(
+                    area_fd,
+                    spec.digest,
+                    spec.size_bytes,
+                    boot_id,
+                    recheck=self._index is not None,
+                    allowance=self._allowance,
+                )
             except CacheError as exc:
                 trouble = exc
                 writer = BlobWriter.without_disk(area_fd, spec.digest, spec.size_bytes)
+            if hashes[len(writers)] is None and writer.hashes is not None:
+                hashes[len(writers)] = BlobHashes(spec.digest, spec.size_bytes, writer.hashes)
             writers.append(writer)
         if trouble is not None:
             log.error("%s; what readers want goes to them without the cache", trouble)
@@ -328,9 +410,12 @@ class Fetcher:
             on_failed=self._on_failed,
             on_wrong=self._on_wrong,
             on_lent=self._on_lent,
+            on_complete=self._on_complete,
             ring=self._ring,
             hashes=hashes,
         )
+        self._specs = specs
+        self._show_blocks()  # before the threads look for work
         self._engine.start()
 
     def _distrust(self, blob: int) -> None:
@@ -365,6 +450,10 @@ class Fetcher:
 
     def _on_block(self, blob: int, block: int) -> None:
         self._tell_worker({"op": "have", "blob": blob, "block": block})
+        digest = self._specs[blob].digest
+        if self._challenges.get(digest) == block:
+            del self._challenges[digest]
+            self._notify_supervisor({"op": "proof", "digest": str(digest), "block": block})
 
     def _on_lent(self, blob: int, block: int, slot: int) -> bool:
         self._lent.add(slot)  # before the worker can give it back
@@ -411,7 +500,7 @@ class Fetcher:
 
 def run(control_fd: int) -> int:
     """The process. Returns the exit status."""
-    os.umask(0o027)
+    os.umask(0o002)  # the store's group may link and remove
     Fetcher(socket.socket(fileno=control_fd)).run()
     # Threads may be in a read that stalls; nothing they hold needs an orderly end.
     sys.stderr.flush()

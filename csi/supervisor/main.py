@@ -144,5 +144,9 @@ async def _handle(supervisor: Supervisor, request: wire.Message) -> tuple[dict[s
             target_path = request.get("target_path")
             mounts = await supervisor.status(str(target_path) if target_path else None)
             return {}, [wire.memfd("status", json.dumps(mounts).encode())]
+        case "cache":
+            verb = wire.field(request, "verb", str)
+            fields: dict[str, Any] = {name: request[name] for name in ("digests", "label") if name in request}
+            return {}, await supervisor.cache(verb, fields)
         case other:
             raise ControlError(f"supervisor: unknown operation {other!r}")

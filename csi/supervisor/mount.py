@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,11 +36,13 @@ from csi.supervisor.build import BuildPhase, SentManifest
 from csi.supervisor.child import Child, ChildPool
 from csi.supervisor.hosts import read_hosts
 from csi.supervisor.settings import SupervisorSettings
-from csi.volume import MountKey, Prefetch, Verify
+from csi.supervisor.store_link import StoreLink
+from csi.volume import SHARED_DOMAIN, MountKey, Prefetch, Verify
 
 log = logging.getLogger(__name__)
 
 _SERVE_TIMEOUT_S = 20.0
+_STORE_TIMEOUT_S = 5.0
 _CRASH_WINDOW_S = 30.0
 _CRASHES_BEFORE_WAIT = 5
 _CRASH_WAIT_S = 5.0
@@ -74,7 +77,13 @@ class Mount:
     """Made with `prepare`, served once `ready` returns; everything runs on the supervisor's event loop."""
 
     def __init__(
-        self, key: MountKey, reference: Reference, keeper: KeeperClient, pool: ChildPool, settings: SupervisorSettings
+        self,
+        key: MountKey,
+        reference: Reference,
+        keeper: KeeperClient,
+        pool: ChildPool,
+        store: StoreLink,
+        settings: SupervisorSettings,
     ) -> None:
         self.key = key
         self.mount_id = key.mount_id
@@ -86,7 +95,8 @@ class Mount:
         self.dead = False
         self.worker_restarts = 0
         self.fetcher_restarts = 0
-        self._keeper, self._pool, self._settings = keeper, pool, settings
+        self._keeper, self._pool, self._store, self._settings = keeper, pool, store, settings
+        self._asides: set[asyncio.Task[None]] = set()
         self.indexed = False
         self.wanted_at = 0.0
         self._first_credentials: Credentials = ()
@@ -317,7 +327,7 @@ class Mount:
         fds = [self._area_fd] if self._layout_fd < 0 else [self._area_fd, self._layout_fd]
         fetcher.on_notification = self._on_notification
         await self._send_hosts(fetcher, sources)
-        await fetcher.call(
+        _, layers_fds = await fetcher.call(
             "start",
             _SERVE_TIMEOUT_S,
             fds,
@@ -327,7 +337,85 @@ class Mount:
             threads=self._settings.fetch_threads,
             fill=self._fill or self.key.verify is not Verify.CHUNK,
             verify=str(self.key.verify),
+            allowance=await self._granted(),
         )
+        try:
+            await self._attach(fetcher, sources, layers_fds)
+        except ModelMountError as exc:  # then everything is fetched
+            log.info("mount %s shares nothing: %s", self.mount_id[:8], exc)
+        finally:
+            wire.close_all(layers_fds)
+
+    async def _attach(self, fetcher: Child, sources: list[dict[str, Any]], layers_fds: list[int]) -> None:
+        """What the store has goes into our area, or will once our registry has shown that it has it too."""
+        if self.key.domain != SHARED_DOMAIN:
+            return
+        origins = [Reference.parse(source["reference"]).origin for source in sources]
+        fields, challenges_fds = await self._store.call(
+            "attach", _STORE_TIMEOUT_S, layers_fds, mount_id=self.mount_id, origins=origins
+        )
+        try:
+            if fields.get("challenges"):
+                await fetcher.call("challenge", 5.0, challenges_fds)
+        finally:
+            wire.close_all(challenges_fds)
+
+    async def _granted(self) -> int:
+        """How much our fetcher may allocate (more) now; nothing while the store is away."""
+        try:
+            fields, _ = await self._store.call("grant", _STORE_TIMEOUT_S, mount_id=self.mount_id)
+        except ModelMountError as exc:
+            log.warning("mount %s: no room in the cache: %s", self.mount_id[:8], exc)
+            return 0
+        return int(fields.get("size_bytes", 0))
+
+    async def _grant_more(self) -> None:
+        given = await self._granted()
+        if given and self._fetcher is not None:
+            await self._fetcher.call("grant", 5.0, size_bytes=given)
+
+    async def _tell_store(self, op: str, message: wire.Message) -> None:
+        """A blob is complete, or a block that the store asked for is here."""
+        if self.key.domain != SHARED_DOMAIN:
+            return
+        fields = {name: message[name] for name in ("digest", "size_bytes", "block") if name in message}
+        origins = [lease.reference.origin for lease in self.leases.values()] or [self.reference.origin]
+        for patience_s in (1.0, 5.0, 0.0):
+            try:
+                reply, _ = await self._store.call(
+                    op, _STORE_TIMEOUT_S, mount_id=self.mount_id, origins=list(dict.fromkeys(origins)), **fields
+                )
+                break
+            except ControlError:  # it is being started again
+                if not patience_s:
+                    raise
+                await asyncio.sleep(patience_s)
+        if reply.get("shared"):
+            await self._adopt_shared(str(message["digest"]))
+
+    async def _adopt_shared(self, digest: str) -> None:
+        if self._fetcher is not None:
+            await self._fetcher.call("shared", 5.0, digest=digest)
+
+    def on_store_message(self, message: wire.Message) -> None:
+        """A blob of ours is shared now, or was found wrong."""
+        if message.get("op") == "shared":
+            self._aside(self._adopt_shared(str(message.get("digest"))))
+        elif message.get("op") == "wrong":
+            self.event("IntegrityFailure", str((message.get("error") or {}).get("message", "")))
+
+    def _aside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Beside everything else, and only logged when it fails: nobody waits for it."""
+
+        async def run() -> None:
+            try:
+                await work
+            except ModelMountError as exc:
+                log.info("mount %s: %s", self.mount_id[:8], exc)
+
+        task = asyncio.create_task(run())
+        self._asides.add(task)
+        task.add_done_callback(self._asides.discard)
 
     async def _serve(self, worker: Child) -> None:
         assert self.kept is not None
@@ -475,6 +563,12 @@ class Mount:
         if message.get("op") == "event":
             error = message.get("error") or {}
             self.event(str(message.get("reason")), str(error.get("message", "")))
+        elif message.get("op") == "grant":
+            self._aside(self._grant_more())
+        elif message.get("op") == "complete":
+            self._aside(self._tell_store("promote", message))
+        elif message.get("op") == "proof":
+            self._aside(self._tell_store("prove", message))
 
     def event(self, reason: str, text: str) -> None:
         """Remember what happened, for status and (in a cluster) Kubernetes events."""
@@ -548,11 +642,20 @@ async def resolve(
 
 
 def _open_area(path: str, settings: SupervisorSettings) -> int:
-    """The mount's own part of the cache: the fetcher writes, the worker reads, nobody else does either."""
-    os.makedirs(path, mode=0o750, exist_ok=True)
-    if settings.fetcher_uid is not None:
-        os.chown(path, settings.fetcher_uid, settings.child_gid if settings.child_gid is not None else -1)
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """The mount's own part of the cache: the fetcher writes, the store links and removes, the worker reads. Locked as long
+    as any of us has it open, so that the store knows that it is in use.
+    """
+    while True:
+        os.makedirs(path, mode=0o755, exist_ok=True)
+        if settings.fetcher_uid is not None and settings.store_gid is not None:
+            os.chown(path, settings.fetcher_uid, settings.store_gid)
+        os.chmod(path, 0o2775)  # noqa: S103 - for the store's group; nobody else gets this far
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        os.close(fd)  # evicted between open and lock
 
 
 def _connection_ended(fuse_fd: int) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from csi.cache.format import area_path
+from csi.cache.format import area_path, domain_path
 from csi.fuse.handshake import BackendName
-from csi.volume import MountKey
+from csi.volume import SHARED_DOMAIN, MountKey
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,11 +41,22 @@ class SupervisorSettings:
     worker_uid: int | None = None
     fetcher_uid: int | None = None
     child_gid: int | None = None
+    store_uid: int | None = None
+    store_gid: int | None = None
+    cache_limit_bytes: int = 0
+    """0: only the free-space floor counts."""
+    cache_min_free: float = 0.16
+    """Of the file system, above the 15 % at which kubelet begins to evict pods."""
     allowed_uids: frozenset[int] = frozenset({0})
 
     def tree_path(self, mount_id: str) -> str:
         """Where the serialised tree of a live mount lies."""
         return os.path.join(self.state_dir, "trees", mount_id)
+
+    @property
+    def domain_dir(self) -> str:
+        """The cache of the trust domain."""
+        return os.path.join(self.data_dir, "cache", domain_path(SHARED_DOMAIN))
 
     def area_dir(self, key: MountKey) -> str:
         """The cache area of a mount."""

@@ -14,9 +14,11 @@ import time
 from typing import Any
 from weakref import WeakValueDictionary
 
+from csi.control import wire
 from csi.control.keeper import KeeperClient
 from csi.credentials import Credentials, to_wire
 from csi.errors import (
+    ControlError,
     InvalidVolumeError,
     ModelMountError,
     ModelNotFoundError,
@@ -35,10 +37,13 @@ from csi.supervisor.child import ChildPool, Role
 from csi.supervisor.mount import Lease, Mount, resolve
 from csi.supervisor.node_credentials import NodeCredentials
 from csi.supervisor.settings import SupervisorSettings
+from csi.supervisor.store_link import StoreLink
 from csi.volume import SHARED_DOMAIN, Prefetch, Verify, mount_key
 
 log = logging.getLogger(__name__)
 
+_CACHE_VERBS = ("ls", "df", "prune", "verify", "pin", "unpin")
+_CACHE_TIMEOUT_S = 3600.0  # hashing everything takes its time
 _EAGER_POLL_S = 0.2
 _FRESH_S = 60.0  # a hundred pods that start at once are one question to the registry
 _ASK_AGAIN_S = 3600.0
@@ -62,6 +67,7 @@ class Supervisor:
         if settings.credential_provider_config and settings.credential_provider_bin_dir:
             plugins = CredentialPlugins(settings.credential_provider_config, settings.credential_provider_bin_dir)
         self._node_credentials = NodeCredentials(settings.node_registry_config, plugins)
+        self._store = StoreLink(settings, self._on_store_message)
         self._mounts: dict[str, Mount] = {}
         self._access = AccessRecords(os.path.join(settings.data_dir, "access"), settings.access_life_s)
         self._asking: dict[int, asyncio.Task[None]] = {}
@@ -69,8 +75,20 @@ class Supervisor:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def start(self) -> None:
-        """Start the spare children."""
-        await self._pool.fill()
+        """Start the store and the spare children."""
+        await asyncio.gather(self._store.start(), self._pool.fill())
+
+    async def cache(self, verb: str, fields: dict[str, Any]) -> list[int]:
+        """What `modelmount cache` asks of the store; its answer as a memfd."""
+        if verb not in _CACHE_VERBS:
+            raise ControlError(f"supervisor: unknown cache verb {verb!r}")
+        _, fds = await self._store.call(verb, _CACHE_TIMEOUT_S, **fields)
+        return fds
+
+    def _on_store_message(self, message: wire.Message) -> None:
+        mount = self._mounts.get(str(message.get("mount_id")))
+        if mount is not None:
+            mount.on_store_message(message)
 
     async def ensure(
         self,
@@ -167,7 +185,7 @@ class Supervisor:
             task.cancel()
         mounts, self._mounts = list(self._mounts.values()), {}
         await asyncio.gather(*(mount.close() for mount in mounts))
-        await self._pool.close()
+        await asyncio.gather(self._pool.close(), self._store.close())
 
     async def _allow(self, mount: Mount, wanted: Reference, credentials: Credentials, caller: Caller) -> None:
         """Whether the caller may have the model that is here already: its registry decides, or while it is down the record
@@ -306,7 +324,7 @@ class Supervisor:
                     return held
                 if held is not None:
                     await held.close()
-                mount = Mount(key, wanted, self._keeper, self._pool, self._settings)
+                mount = Mount(key, wanted, self._keeper, self._pool, self._store, self._settings)
                 mount.prepare(fetcher, model, credentials, prefetch)
                 if held is not None:
                     mount.leases.update(held.leases)

@@ -230,16 +230,21 @@ class CachedReader:
         any more, or never had.
         """
         reader = self._reader(blob)
-        if reader is None or (self._lent and not all(map(reader.has, blocks.blocks_of(start, length)))):
+        if reader is None:
+            return None
+        generation = reader.generation
+        if not all(map(reader.has, blocks.blocks_of(start, length))):
             return None
         if length > len(self._buffer):
             self._buffer = memoryview(mmap.mmap(-1, length))
         try:
             try:
-                return self._fill(reader, self._buffer, start, length, os.RWF_NOWAIT)
+                view = self._fill(reader, self._buffer, start, length, os.RWF_NOWAIT)
             except BlockingIOError:
                 own = memoryview(mmap.mmap(-1, length))
-                return await trio.to_thread.run_sync(self._fill, reader, own, start, length, 0)
+                view = await trio.to_thread.run_sync(self._fill, reader, own, start, length, 0)
+            # A segment's file may have been replaced since we looked at its marks.
+            return view if reader.generation == generation else None
         except CacheError as exc:
             log.warning("blob %s: %s; the registry is asked instead", self._tree.blobs[blob].digest.short(), exc)
             reader.forget_segments()

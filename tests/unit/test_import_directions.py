@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "tree": {"oci"},
     "stream": {"oci"},
     "integrity": {"stream", "oci", "wire"},
+    "store": {"cache", "control", "integrity", "stream", "oci"},
     "control": {"oci"},
     "observe": set(),
     "jail": set(),
@@ -32,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "driver": {"cache", "control", "observe", "oci", "wire"},
     "cli": {
         "control", "driver", "fetcher", "fuse", "integrity", "jail", "keeper", "keychain", "kube", "observe",
-        "oci", "registry", "stream", "supervisor", "tree", "worker",
+        "oci", "registry", "store", "stream", "supervisor", "tree", "worker",
     },
 }  # fmt: skip
 
@@ -45,6 +46,7 @@ VALUES: dict[str, set[str]] = {
     "volume": {"oci", "errors"},
     "provisioned": set(),
     "redact": set(),
+    "quantity": set(),
 }
 
 # third-party module → the only packages that may import it

@@ -131,7 +131,7 @@ def test_a_reader_before_the_writer_and_one_of_another_size_are_refused(area: in
 def test_a_full_disk_is_a_cache_error_and_the_block_stays_absent(area: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """/dev/full is what a write to a full disk is; everything else here is real."""
     writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
-    writer._segments[0] = _OpenSegment(os.open("/dev/full", os.O_WRONLY))
+    writer._writable[0] = _OpenSegment(os.open("/dev/full", os.O_WRONLY))
     with pytest.raises(CacheError, match=os.strerror(errno.ENOSPC)):
         writer.write(0, 0, memoryview(b"x"))
     assert not writer.has(0)

@@ -81,6 +81,7 @@ class Reader:
         self.writer, self.ring = writer, ring
         self.got: dict[int, bytes] = {}
         self.errors: list[ModelMountError] = []
+        self.complete = False
         self.news = threading.Condition()
 
     def on_block(self, blob: int, block: int) -> None:
@@ -95,6 +96,11 @@ class Reader:
 
     def on_failed(self, blob: int, block: int, error: ModelMountError) -> None:
         self.errors.append(error)
+
+    def on_complete(self, blob: int) -> None:
+        with self.news:
+            self.complete = True
+            self.news.notify_all()
 
     def on_wrong(self, error: ModelMountError) -> None:
         self.errors.append(error)
@@ -136,7 +142,8 @@ def engine_on(area: int, source: MemorySource, *, fill: bool, indexed: bool = Tr
         on_wrong=reader.on_wrong,
         on_lent=reader.on_lent,
         ring=ring,
-        hashes=[hashes()] if indexed else None,
+        on_complete=reader.on_complete,
+        hashes=[hashes() if indexed else None],
     )
     engine.start()
     return engine, reader
@@ -223,4 +230,15 @@ def test_the_next_source_is_asked_when_one_sends_wrong_bytes(area: int) -> None:
     reader.wait(lambda: len(reader.got) == block_count(SIZE))
     assert_all_right(reader)
     assert engine.snapshot()["rejected_blocks"]
+    engine.stop()
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_complete_and_checked_blob_is_reported_once(area: int, indexed: bool) -> None:
+    engine, reader = engine_on(area, MemorySource(), fill=True, indexed=indexed)
+    reader.wait(lambda: reader.complete)
+    assert reader.writer.stored_blocks() == block_count(SIZE)
+    reader.complete = False
+    engine.want(0, 0, block_count(SIZE), Priority.DEMAND)
+    assert not reader.complete
     engine.stop()

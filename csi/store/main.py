@@ -1,0 +1,274 @@
+"""`modelmount store`: started by the supervisor with one socket; parses nothing that came from a registry.
+
+    start    the domain's cache directory, the limits
+    attach   a mount begins: what is proven is linked into its area; answers what its registry has to show first
+    prove    a mount's registry has delivered the block it was asked for
+    promote  a mount has a blob complete: hash it, share it. Answered at once; `shared` or `wrong` is said later
+    grant    how much more a mount may allocate, after eviction where it is needed
+    ls, df, prune, verify, pin, unpin   what `modelmount cache` shows and does
+
+One thread reads the socket; another does what takes long (hashing, copying, verifying), at the lowest priority.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from csi.control import wire
+from csi.errors import CacheError, ControlError, DigestMismatchError, ModelMountError, to_wire
+from csi.oci.digest import Digest
+from csi.store.eviction import Entry, Kind, Limits, evict_for, room
+from csi.store.shelf import Shelf, parse_blobs
+
+log = logging.getLogger(__name__)
+
+_GRANT_BYTES = 2 * 1024**3
+_MAX_LIST_BYTES = 16 * 1024 * 1024
+
+
+class Store:
+    """The process's state."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._send_lock = threading.Lock()
+        self._shelf: Shelf | None = None
+        self._limits = Limits()
+        self._granted: dict[str, int] = {}
+        self._base: dict[str, int] = {}  # what an area held when its mount was granted something for the first time
+        self._evicted_bytes = 0
+        self._admission = threading.Lock()
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        """Until the supervisor closes the control socket."""
+        threading.Thread(target=self._work_loop, daemon=True, name="work").start()
+        while (received := wire.recv(self._control)) is not None:
+            request, fds = received
+            try:
+                reply = self._handle(request, fds)
+                if reply is not None:
+                    self._send(wire.ok(request, **reply))
+            except ModelMountError as exc:
+                self._send(wire.failed(request, exc))
+            except Exception as exc:
+                log.exception("%s failed by a bug", request.get("op"))
+                self._send(wire.failed(request, exc))
+
+    def _handle(self, request: wire.Message, fds: list[int]) -> dict[str, Any] | None:
+        """The reply, None when it was sent or will be."""
+        match request.get("op"):
+            case "ping":
+                wire.close_all(fds)
+                return {"pid": os.getpid()}
+            case "start":
+                self._shelf = Shelf(wire.exactly(fds, 1)[0])
+                self._limits = Limits(
+                    max_bytes=wire.field(request, "max_bytes", int), min_free=wire.field(request, "min_free", float)
+                )
+                return {}
+            case "attach":
+                return self._attach(request, wire.exactly(fds, 1)[0])
+        wire.close_all(fds)
+        match request.get("op"):
+            case "prove":
+                digest = Digest.parse(wire.field(request, "digest", str))
+                block = wire.field(request, "block", int)
+                return {"shared": self._ready().prove(_mount_id(request), digest, block, _origins(request))}
+            case "promote":
+                self._work.put(lambda: self._promote(request))
+                return {}
+            case "grant":
+                return {"size_bytes": self._grant(_mount_id(request))}
+            case "verify":
+                self._work.put(lambda: self._administer(request))
+                return None
+            case "ls" | "df" | "prune" | "pin" | "unpin":
+                self._administer(request)
+                return None
+            case other:
+                raise ControlError(f"store: unknown operation {other!r}")
+
+    def _ready(self) -> Shelf:
+        if self._shelf is None:
+            raise ControlError("store: not started yet")
+        return self._shelf
+
+    def _attach(self, request: wire.Message, blobs_fd: int) -> dict[str, Any] | None:
+        try:
+            wanted = parse_blobs(json.loads(wire.read_all(blobs_fd, _MAX_LIST_BYTES, "layers")))
+        finally:
+            os.close(blobs_fd)
+        attached = self._ready().attach(_mount_id(request), _origins(request), wanted)
+        challenges_fd = wire.memfd(
+            "challenges", json.dumps([[str(digest), block] for digest, block in attached.challenges]).encode()
+        )
+        try:
+            fields = {"shared": len(attached.shared), "challenges": len(attached.challenges)}
+            self._send(wire.ok(request, **fields), [challenges_fd])
+        finally:
+            os.close(challenges_fd)
+        return None
+
+    def _promote(self, request: wire.Message) -> None:
+        digest, mount_id = Digest.parse(wire.field(request, "digest", str)), _mount_id(request)
+        size_bytes = wire.field(request, "size_bytes", int)
+        try:
+            if self._ready().size_of(digest) is None and self._make_room(size_bytes) < size_bytes:
+                raise CacheError(f"blob {digest.short()}: no room for a copy that mounts can share")
+            self._ready().promote(mount_id, digest, size_bytes, _origins(request))
+        except DigestMismatchError as exc:
+            log.error("%s", exc)
+            self._send({"op": "wrong", "mount_id": mount_id, "error": to_wire(exc)})
+        except CacheError as exc:
+            log.warning("%s", exc)
+        else:
+            self._send({"op": "shared", "mount_id": mount_id, "digest": str(digest)})
+
+    def _grant(self, mount_id: str) -> int:
+        given = min(_GRANT_BYTES, max(0, self._make_room(_GRANT_BYTES)))
+        self._granted[mount_id] = self._granted.get(mount_id, 0) + given
+        return given
+
+    def _make_room(self, wanted_bytes: int) -> int:
+        """Evict what need not stay, if it must; how much may come now."""
+        shelf = self._ready()
+        with self._admission:
+            entries = shelf.entries()
+            used = self._used(entries)
+            for entry in evict_for(self._limits, shelf.disk(), used, wanted_bytes, entries):
+                self._evict(entry)
+                used -= entry.size_bytes
+            return room(self._limits, shelf.disk(), used)
+
+    def _used(self, entries: Sequence[Entry]) -> int:
+        """What is on disk, and what mounts in use may still allocate."""
+        used = 0
+        live = {entry.name: entry.size_bytes for entry in entries if entry.kind is Kind.AREA and entry.in_use}
+        for mount_id in set(self._granted) - set(live):
+            del self._granted[mount_id]
+            self._base.pop(mount_id, None)
+        for entry in entries:
+            used += entry.size_bytes
+            if entry.name in live:
+                base = self._base.setdefault(entry.name, entry.size_bytes)
+                used += max(0, base + self._granted.get(entry.name, 0) - entry.size_bytes)
+        return used
+
+    def _evict(self, entry: Entry) -> None:
+        if self._ready().remove(entry):
+            self._evicted_bytes += entry.size_bytes
+            log.info("evicted %s %s: %d bytes", entry.kind, entry.name, entry.size_bytes)
+
+    def _administer(self, request: wire.Message) -> None:
+        try:
+            result = self._administered(request)
+        except ModelMountError as exc:
+            self._send(wire.failed(request, exc))
+            return
+        except Exception as exc:
+            log.exception("%s failed by a bug", request.get("op"))
+            self._send(wire.failed(request, exc))
+            return
+        result_fd = wire.memfd("result", json.dumps(result).encode())
+        try:
+            self._send(wire.ok(request), [result_fd])
+        finally:
+            os.close(result_fd)
+
+    def _administered(self, request: wire.Message) -> dict[str, Any]:
+        shelf = self._ready()
+        match request["op"]:
+            case "pin" | "unpin":
+                digests = [str(Digest.parse(str(digest))) for digest in wire.field(request, "digests", list)]
+                pins = {digest: label for digest, label in shelf.pins().items() if digest not in digests}
+                if request["op"] == "pin":
+                    pins |= dict.fromkeys(digests, str(request.get("label", "")))
+                try:
+                    shelf.set_pins(pins)
+                except OSError as exc:
+                    raise CacheError(f"the pins cannot be written: {exc.strerror}") from exc
+                return {"pins": pins}
+            case "verify":
+                checked = [entry.name for entry in shelf.entries() if entry.kind is Kind.BLOB]
+                digests_ = [Digest.parse(name.replace("-", ":", 1)) for name in checked]
+                return {"blobs": [{"digest": str(digest), "right": shelf.verify(digest)} for digest in digests_]}
+            case "prune":
+                removed = [entry for entry in shelf.entries() if not entry.in_use and not entry.pinned]
+                for entry in removed:
+                    self._evict(entry)
+                return {"removed": [_described(entry) for entry in removed]}
+        entries = shelf.entries()
+        disk = shelf.disk()
+        return {
+            "entries": [_described(entry) for entry in entries],
+            "used_bytes": sum(entry.size_bytes for entry in entries),
+            "reserved_bytes": self._used(entries) - sum(entry.size_bytes for entry in entries),
+            "room_bytes": room(self._limits, disk, self._used(entries)),
+            "limit_bytes": self._limits.max_bytes,
+            "floor_bytes": int(disk.total_bytes * self._limits.min_free),
+            "free_bytes": disk.free_bytes,
+            "total_bytes": disk.total_bytes,
+            "evicted_bytes": self._evicted_bytes,
+        }
+
+    def _work_loop(self) -> None:
+        # A reader's bytes come first. Not SCHED_IDLE: on a busy machine it would hold our locks for minutes.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        while True:
+            work = self._work.get()
+            try:
+                work()
+            except Exception:
+                log.exception("work in the cache failed by a bug")
+
+    def _send(self, message: wire.Message, fds: Sequence[int] = ()) -> None:
+        with self._send_lock:
+            try:
+                wire.send(self._control, message, fds)
+            except OSError as exc:
+                log.warning("supervisor not reachable: %s", exc)
+
+
+def _described(entry: Entry) -> dict[str, Any]:
+    return {
+        "kind": str(entry.kind),
+        "name": entry.name.replace("-", ":", 1) if entry.kind is Kind.BLOB else entry.name,
+        "size_bytes": entry.size_bytes,
+        "last_used": entry.last_used,
+        "in_use": entry.in_use,
+        "pinned": entry.pinned,
+    }
+
+
+def _mount_id(request: wire.Message) -> str:
+    mount_id: str = wire.field(request, "mount_id", str)
+    if not mount_id.isalnum():
+        raise ControlError("store: a mount id is 32 hexadecimal digits")
+    return mount_id
+
+
+def _origins(request: wire.Message) -> list[str]:
+    return [str(origin) for origin in wire.field(request, "origins", list)]
+
+
+def run(control_fd: int) -> int:
+    """The process. Returns the exit status."""
+    os.umask(0o022)
+    Store(socket.socket(fileno=control_fd)).run()
+    sys.stderr.flush()
+    os._exit(0)  # the worker thread may be copying; what it leaves half done is removed at the next start
+
+
+if __name__ == "__main__":
+    sys.exit(run(int(sys.argv[1])))

@@ -1,0 +1,421 @@
+"""The cache of one trust domain on disk, as the store sees it:
+
+    blobs/<digest>/    proven blobs, ours alone to write: seg-*, hashes (BLAKE3 of every block), about (JSON)
+    blobs/pins         JSON: digest → label
+    mounts/<id>/       what each mount fetched; its fetcher writes there, and so may we
+
+A mount gets a proven blob as hard links in its own area: its worker and fetcher read there as always, and can change
+nothing, because the files are ours. A blob becomes proven by a copy (a clone where the file system can) that is hashed
+while it is made. The fetcher's own file would not do: whoever wrote it may still have it open.
+
+A directory of a mount in use is locked (flock, shared) by whoever has it open; what is not locked may be evicted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import mmap
+import os
+import random
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from csi.cache import format as fmt
+from csi.errors import CacheError, DigestMismatchError
+from csi.integrity.index import hash_of
+from csi.oci.digest import Digest
+from csi.store.eviction import Disk, Entry, Kind
+from csi.stream import blocks
+
+_FICLONE = 0x40049409
+_HIDDEN = "."  # of work in progress, and of what is being removed
+_PINS = "pins"
+_ABOUT = "about"
+_SHARED_FILE_MODE = 0o444
+
+Blob = tuple[Digest, int]
+"""A digest and a size in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """What a mount got, and for which blobs its registry has to show a block first: (digest, block)."""
+
+    shared: tuple[Digest, ...]
+    challenges: tuple[tuple[Digest, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _About:
+    size_bytes: int
+    origins: tuple[str, ...]
+
+
+class Shelf:
+    """Thread-safe. `domain_fd` is the domain's directory; everything is reached from there."""
+
+    def __init__(self, domain_fd: int) -> None:
+        self._domain_fd = domain_fd
+        self._blobs_fd = os.open("blobs", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=domain_fd)
+        self._mounts_fd = os.open("mounts", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=domain_fd)
+        self._lock = threading.Lock()
+        self._random = random.SystemRandom()
+        for fd in (self._blobs_fd, self._mounts_fd):
+            for name in os.listdir(fd):
+                if name.startswith(_HIDDEN):  # left by one who died over it
+                    _remove_tree(fd, name)
+
+    def attach(self, mount_id: str, origins: Sequence[str], wanted: Iterable[Blob]) -> Attached:
+        """Give a mount what is proven and what one of its registries is known to have."""
+        shared, challenges = [], []
+        with self._lock:
+            for digest, size_bytes in wanted:
+                about = self._about(digest)
+                if about is None or about.size_bytes != size_bytes:
+                    continue
+                if set(origins) & set(about.origins):
+                    if self._link(mount_id, digest):
+                        shared.append(digest)
+                else:
+                    challenges.append((digest, self._random.randrange(blocks.block_count(size_bytes))))
+        return Attached(tuple(shared), tuple(challenges))
+
+    def prove(self, mount_id: str, digest: Digest, block: int, origins: Sequence[str]) -> bool:
+        """The mount's registry delivered that block: if it is the right one, the mount gets the blob."""
+        with self._lock:
+            about = self._about(digest)
+            if about is None or not 0 <= block < blocks.block_count(about.size_bytes):
+                return False
+            length = blocks.block_length(about.size_bytes, block)
+            try:
+                theirs = self._read_block(self._mounts_fd, f"{mount_id}/{digest.path_name}", block, length)
+                ours = self._read_block(self._blobs_fd, digest.path_name, block, length)
+            except OSError:
+                return False
+            if theirs != ours:
+                return False
+            self._add_origins(digest, about, origins)
+            return self._link(mount_id, digest)
+
+    def promote(self, mount_id: str, digest: Digest, size_bytes: int, origins: Sequence[str]) -> None:
+        """Make a mount's complete blob a proven one, and share it with that mount too.
+
+        Raises: DigestMismatchError when it is not what its digest says, CacheError when it cannot be read or copied.
+        """
+        source = f"{mount_id}/{digest.path_name}"
+        if self._about(digest) is None:
+            work = f"{_HIDDEN}{digest.path_name}"
+            try:
+                _remove_tree(self._blobs_fd, work)
+                os.mkdir(work, 0o755, dir_fd=self._blobs_fd)
+                self._copy(source, work, digest, size_bytes)
+                self._write_about(work, _About(size_bytes, tuple(origins)))
+                os.rename(work, digest.path_name, src_dir_fd=self._blobs_fd, dst_dir_fd=self._blobs_fd)
+            except OSError as exc:
+                raise CacheError(f"blob {digest.short()} cannot be shared: {exc.strerror}") from exc
+            finally:
+                _remove_tree(self._blobs_fd, work)
+        else:  # another mount was first; a few blocks show that this one has the same
+            count = blocks.block_count(size_bytes)
+            for block in {self._random.randrange(count) for _ in range(4)}:
+                if not self.prove(mount_id, digest, block, origins):
+                    raise CacheError(f"blob {digest.short()}: block {block} of mount {mount_id[:8]} is another one")
+        with self._lock:
+            self._link(mount_id, digest)
+
+    def verify(self, digest: Digest) -> bool:
+        """Hash a proven blob again; a damaged one leaves the shelf (mounts that have it check every block anyway)."""
+        about = self._about(digest)
+        if about is None:
+            return False
+        hasher = digest.hasher()
+        try:
+            for segment in range(-(-about.size_bytes // blocks.SEGMENT_BYTES)):
+                with _opened(self._blobs_fd, f"{digest.path_name}/{fmt.segment_name(segment)}") as fd:
+                    for view in _blocks_of(fd, blocks.segment_length(about.size_bytes, segment)):
+                        hasher.update(view)
+        except OSError:
+            pass
+        if hasher.hexdigest() == digest.hex:
+            return True
+        with self._lock:
+            self._remove_blob(digest.path_name)
+        return False
+
+    def entries(self) -> list[Entry]:
+        """Everything that takes room. Areas that nobody uses any more give back their links on the way."""
+        found: list[Entry] = []
+        pins = self.pins()
+        used: set[str] = set()
+        with self._lock:
+            for mount_id in os.listdir(self._mounts_fd):
+                if mount_id.startswith(_HIDDEN):
+                    continue
+                with self._area(mount_id) as (area_fd, in_use):
+                    if area_fd < 0:
+                        continue
+                    if in_use:
+                        used.update(
+                            name for name in os.listdir(area_fd) if _exists(area_fd, f"{name}/{fmt.HASHES_NAME}")
+                        )
+                        os.utime(area_fd)
+                    else:
+                        _drop_links(area_fd)
+                    found.append(
+                        Entry(Kind.AREA, mount_id, _own_bytes(area_fd), os.fstat(area_fd).st_mtime, in_use=in_use)
+                    )
+            for name in os.listdir(self._blobs_fd):
+                if name.startswith((_HIDDEN, _PINS)):
+                    continue
+                if name in used:
+                    os.utime(name, dir_fd=self._blobs_fd)
+                status = os.stat(name, dir_fd=self._blobs_fd)
+                size = _tree_bytes(self._blobs_fd, name)
+                pinned = str(_digest_of(name)) in pins
+                found.append(Entry(Kind.BLOB, name, size, status.st_mtime, in_use=name in used, pinned=pinned))
+        return found
+
+    def remove(self, entry: Entry) -> bool:
+        """False when it is in use after all."""
+        with self._lock:
+            if entry.kind is Kind.BLOB:
+                self._remove_blob(entry.name)
+                return True
+            with self._area(entry.name) as (area_fd, in_use):
+                if area_fd < 0 or in_use:
+                    return False
+                gone = f"{_HIDDEN}{entry.name}"
+                os.rename(entry.name, gone, src_dir_fd=self._mounts_fd, dst_dir_fd=self._mounts_fd)
+            _remove_tree(self._mounts_fd, gone)
+            return True
+
+    def disk(self) -> Disk:
+        """The file system the cache lies on."""
+        status = os.fstatvfs(self._domain_fd)
+        return Disk(status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize)
+
+    def pins(self) -> dict[str, str]:
+        """Digest → why."""
+        try:
+            with _opened(self._blobs_fd, _PINS) as fd:
+                value = json.loads(os.pread(fd, 16 << 20, 0))
+        except (OSError, ValueError):
+            return {}
+        return {str(digest): str(label) for digest, label in value.items()}
+
+    def set_pins(self, pins: dict[str, str]) -> None:
+        """Raises: OSError."""
+        _write_whole(self._blobs_fd, _PINS, json.dumps(pins, sort_keys=True).encode())
+
+    def size_of(self, digest: Digest) -> int | None:
+        """Bytes of a proven blob."""
+        about = self._about(digest)
+        return about.size_bytes if about else None
+
+    def _copy(self, source: str, work: str, digest: Digest, size_bytes: int) -> None:
+        hasher = digest.hasher()
+        hashes = bytearray()
+        for segment in range(-(-size_bytes // blocks.SEGMENT_BYTES)):
+            name, length = fmt.segment_name(segment), blocks.segment_length(size_bytes, segment)
+            with _opened(self._mounts_fd, f"{source}/{name}") as theirs, _new(self._blobs_fd, f"{work}/{name}") as ours:
+                cloned = _clone(theirs, ours)
+                if not cloned:
+                    os.posix_fallocate(ours, 0, length)
+                done = 0
+                for view in _blocks_of(ours if cloned else theirs, length):
+                    hasher.update(view)
+                    hashes += hash_of(view)
+                    if not cloned:
+                        _write_all(ours, view, done)
+                    done += len(view)
+                os.fsync(ours)
+        if hasher.hexdigest() != digest.hex:
+            raise DigestMismatchError(
+                f"blob {digest.short()}: its blocks hash to {digest.algorithm}:{hasher.hexdigest()[:12]}; it is not shared. "
+                "Either its block index is not that of the blob, or the cache was damaged: push the model again",
+                expected=str(digest),
+                actual=f"{digest.algorithm}:{hasher.hexdigest()}",
+                subject=str(digest),
+            )
+        _write_whole(self._blobs_fd, f"{work}/{fmt.HASHES_NAME}", bytes(hashes), mode=_SHARED_FILE_MODE)
+
+    def _link(self, mount_id: str, digest: Digest) -> bool:
+        """All or nothing for a reader: the hashes come last, and without them nothing counts."""
+        target = f"{mount_id}/{digest.path_name}"
+        try:
+            for name in self._files(digest):
+                temporary = f"{target}/{_HIDDEN}{name}"
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=self._mounts_fd)
+                os.link(f"{digest.path_name}/{name}", temporary, src_dir_fd=self._blobs_fd, dst_dir_fd=self._mounts_fd)
+                os.rename(temporary, f"{target}/{name}", src_dir_fd=self._mounts_fd, dst_dir_fd=self._mounts_fd)
+                with contextlib.suppress(FileNotFoundError):  # rename of two names of one file leaves both
+                    os.unlink(temporary, dir_fd=self._mounts_fd)
+            os.utime(digest.path_name, dir_fd=self._blobs_fd)
+        except OSError:  # the mount is gone, or its directory is not as it should be
+            return False
+        return True
+
+    def _files(self, digest: Digest) -> list[str]:
+        with _opened(self._blobs_fd, digest.path_name) as fd:
+            names = os.listdir(fd)
+        return [*sorted(name for name in names if name.startswith("seg-")), fmt.HASHES_NAME]
+
+    def _about(self, digest: Digest) -> _About | None:
+        try:
+            with _opened(self._blobs_fd, f"{digest.path_name}/{_ABOUT}") as fd:
+                value = json.loads(os.pread(fd, 1 << 20, 0))
+            return _About(int(value["size_bytes"]), tuple(map(str, value["origins"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _write_about(self, name: str, about: _About) -> None:
+        content = json.dumps({"size_bytes": about.size_bytes, "origins": about.origins}).encode()
+        _write_whole(self._blobs_fd, f"{name}/{_ABOUT}", content)
+
+    def _add_origins(self, digest: Digest, about: _About, origins: Sequence[str]) -> None:
+        merged = tuple(dict.fromkeys([*about.origins, *origins]))
+        if merged != about.origins:
+            self._write_about(digest.path_name, _About(about.size_bytes, merged))
+
+    def _read_block(self, directory_fd: int, directory: str, block: int, length: int) -> bytes:
+        segment, offset = blocks.segment_of(block)
+        with _opened(directory_fd, f"{directory}/{fmt.segment_name(segment)}") as fd:
+            return os.pread(fd, length, offset)
+
+    def _remove_blob(self, name: str) -> None:
+        gone = f"{_HIDDEN}{name}"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(name, gone, src_dir_fd=self._blobs_fd, dst_dir_fd=self._blobs_fd)
+        _remove_tree(self._blobs_fd, gone)
+
+    @contextlib.contextmanager
+    def _area(self, mount_id: str) -> Iterator[tuple[int, bool]]:
+        """An open area and whether somebody uses it; while nobody does, nobody can begin to. -1 when it is gone."""
+        try:
+            fd = os.open(mount_id, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._mounts_fd)
+        except OSError:
+            yield -1, False
+            return
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                in_use = False
+            except BlockingIOError:
+                in_use = True
+            yield fd, in_use
+        finally:
+            os.close(fd)
+
+
+def parse_blobs(value: object) -> list[Blob]:
+    """From JSON [[digest, size], …]. Raises: InvalidVolumeError, ValueError."""
+    assert isinstance(value, list)
+    return [(Digest.parse(str(digest)), int(size)) for digest, size in value]
+
+
+def _digest_of(name: str) -> str:
+    return name.replace("-", ":", 1)
+
+
+def _clone(source_fd: int, target_fd: int) -> bool:
+    """Share the extents where the file system can (xfs, btrfs)."""
+    try:
+        fcntl.ioctl(target_fd, _FICLONE, source_fd)
+    except OSError:
+        return False
+    return True
+
+
+def _blocks_of(fd: int, length: int) -> Iterator[memoryview]:
+    """The file's blocks in order, in one buffer. Raises: OSError when it is shorter."""
+    buffer = memoryview(mmap.mmap(-1, blocks.BLOCK_BYTES))
+    for start in range(0, length, blocks.BLOCK_BYTES):
+        view = buffer[: min(blocks.BLOCK_BYTES, length - start)]
+        done = 0
+        while done < len(view):
+            count = os.preadv(fd, [view[done:]], start + done)
+            if count == 0:
+                raise OSError(0, "a segment is shorter than its blob")
+            done += count
+        yield view
+
+
+def _write_all(fd: int, view: memoryview, offset: int) -> None:
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+@contextlib.contextmanager
+def _opened(directory_fd: int, path: str) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory_fd)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _new(directory_fd: int, path: str) -> Iterator[int]:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(path, flags, _SHARED_FILE_MODE, dir_fd=directory_fd)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _write_whole(directory_fd: int, path: str, content: bytes, mode: int = 0o644) -> None:
+    """Whole or not at all, also after a crash of the machine."""
+    temporary = f"{path}.new"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(temporary, flags, mode, dir_fd=directory_fd)
+    with open(fd, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(fd)
+    os.rename(temporary, path, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+
+
+def _exists(directory_fd: int, path: str) -> bool:
+    try:
+        os.stat(path, dir_fd=directory_fd, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_tree(directory_fd: int, name: str) -> None:
+    shutil.rmtree(name, dir_fd=directory_fd, ignore_errors=True)
+
+
+def _drop_links(area_fd: int) -> None:
+    """Forget proven blobs in an area that nobody uses: they are linked again when it is used again."""
+    for name in os.listdir(area_fd):
+        if _exists(area_fd, f"{name}/{fmt.HASHES_NAME}"):
+            with _opened(area_fd, name) as fd:
+                for file in os.listdir(fd):
+                    if file in (fmt.HASHES_NAME, fmt.MAP_NAME) or file.startswith("seg-"):
+                        os.unlink(file, dir_fd=fd)
+
+
+def _own_bytes(area_fd: int) -> int:
+    """What the area alone holds: files with one name."""
+    return sum(status.st_blocks * 512 for status in _stats(area_fd, ".") if status.st_nlink == 1)
+
+
+def _tree_bytes(directory_fd: int, name: str) -> int:
+    return sum(status.st_blocks * 512 for status in _stats(directory_fd, name))
+
+
+def _stats(directory_fd: int, name: str) -> Iterator[os.stat_result]:
+    """Of every regular file below."""
+    for _, _, files, fd in os.fwalk(name, dir_fd=directory_fd):
+        for file in files:
+            with contextlib.suppress(OSError):
+                yield os.stat(file, dir_fd=fd, follow_symlinks=False)
