@@ -34,7 +34,7 @@ demo: need-root setup ## the main job on a real model: push, publish over CSI, r
 	@$(SUDO) $(BIN)/python deploy/demo/run.py --directory .demo --tools .tools
 
 test: setup ## all fast tests (those that mount are skipped without root)
-	@$(BIN)/python -m pytest tests/unit tests/formats tests/fuse tests/csi
+	@$(BIN)/python -m pytest tests/unit tests/formats tests/contract tests/fuse tests/csi
 
 test-fuse: need-root setup ## real mounts, crashes of worker and fetcher (root)
 	@$(SUDO) $(BIN)/python -m pytest tests/fuse

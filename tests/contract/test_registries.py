@@ -1,0 +1,246 @@
+"""One suite over real registries: Debian's docker-registry, distribution v3, one with the referrers API, and nginx before
+one (TLS, addresses that expire, a rate limit).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from registry_process import RegistryProcess
+from support.registry_servers import (
+    ROOT,
+    Server,
+    SigningFront,
+    distribution_v3,
+    free_port,
+    nginx,
+    referrers_registry,
+    start_nginx,
+)
+
+from csi.errors import ModelNotFoundError, RegistryError, RegistryUnavailableError, SizeMismatchError
+from csi.oci.digest import Digest
+from csi.oci.modelpack import ModelDescription, SourceFile, pack
+from csi.oci.reference import Reference
+from csi.registry.address_rules import AddressRules
+from csi.registry.client import RegistrySource
+from csi.registry.sources import SourceSettings, open_source
+from csi.registry.transport import TransportSettings
+from csi.registry.upload import ModelUploader
+from csi.registry_hosts import RegistryHost
+
+pytestmark = pytest.mark.registry
+
+TOOLS = ROOT / ".tools"
+CONTENT = os.urandom((5 << 20) + 123)
+BLOB = Digest.of(CONTENT)
+Open = Callable[[str], RegistrySource]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the model can be had. `hosts` None: the registry itself."""
+
+    host: str
+    hosts: tuple[RegistryHost, ...] = ()
+
+    def open(self, stall_s: float = 3.0) -> RegistrySource:
+        settings = SourceSettings(
+            rules=AddressRules(), hosts=self.hosts, transport=TransportSettings(stall_timeout_s=stall_s)
+        )
+        source = open_source(Reference.parse(f"{self.host}/team/model:v1"), settings)
+        assert isinstance(source, RegistrySource)
+        return source
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Self-signed, for 127.0.0.1; key and certificate in one file."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    file = tmp_path_factory.mktemp("tls") / "both.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(file), "-out", str(file) + ".crt"]
+    subprocess.run([*command, *names], check=True, capture_output=True)
+    file.write_text(file.read_text() + Path(str(file) + ".crt").read_text())
+    return file
+
+
+@pytest.fixture(scope="module")
+def distribution(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    binary, directory, port = distribution_v3(TOOLS), tmp_path_factory.mktemp("v3"), free_port()
+    config = (
+        f'version: 0.1\nstorage: {{filesystem: {{rootdirectory: {directory}/s}}}}\nhttp: {{addr: "127.0.0.1:{port}"}}\n'
+    )
+    (directory / "config.yml").write_text(config)
+    server = Server([str(binary), "serve", str(directory / "config.yml")], directory, port)
+    yield server.host
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def with_referrers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    server = Server([str(referrers_registry(TOOLS))], tmp_path_factory.mktemp("referrers"), 0)
+    yield server.host
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def proxy(
+    docker_registry: RegistryProcess, certificate: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    server = start_nginx(nginx(TOOLS), tmp_path_factory.mktemp("nginx"), certificate, docker_registry.host)
+    yield server.host
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], None]:
+    """Pushes the model to a registry, once."""
+    path, done = tmp_path_factory.mktemp("model") / "model.bin", set()
+    path.write_bytes(CONTENT)
+
+    def push(host: str) -> None:
+        if host in done:
+            return
+        model = pack([SourceFile("model.bin", BLOB, len(CONTENT))], ModelDescription(name="m"))
+        sink = ModelUploader(Reference.parse(f"{host}/team/model:v1"), plain_http=False)
+        try:
+            sink.put_file(model.layers[0], str(path), lambda progress: None)
+            sink.finish(model, "v1")
+        finally:
+            sink.close()
+        done.add(host)
+
+    return push
+
+
+def through(address: str, certificate: Path, path: str = "/v2", scheme: str = "https") -> tuple[RegistryHost, ...]:
+    return (RegistryHost(scheme=scheme, authority=address, path=path, ca=(certificate.read_text(),)),)
+
+
+@pytest.fixture(params=["docker-registry 2.8.2", "distribution 3", "with referrers", "nginx TLS", "signed addresses"])
+def place(request: pytest.FixtureRequest, pushed: Callable[[str], None]) -> Iterator[Place]:
+    """A model somewhere, and how to get at it."""
+    front = None
+    match request.param:
+        case "distribution 3":
+            place = Place(request.getfixturevalue("distribution"))
+        case "with referrers":
+            place = Place(request.getfixturevalue("with_referrers"))
+        case kind:
+            place = Place(request.getfixturevalue("docker_registry").host)
+            if kind != "docker-registry 2.8.2":
+                proxy, certificate = request.getfixturevalue("proxy"), request.getfixturevalue("certificate")
+                hosts = through(proxy, certificate)
+                if kind == "signed addresses":
+                    front = SigningFront(place.host, proxy, life_s=60)
+                    hosts = through(front.host, certificate, scheme="http")
+                pushed(place.host)
+                place = Place(place.host, hosts)
+    pushed(place.host)
+    yield place
+    if front is not None:
+        front.stop()
+    gc.collect()
+
+
+def read(source: RegistrySource, offset: int, length: int, size: int = len(CONTENT)) -> bytes:
+    buffer = bytearray(length)
+    reader = source.open_range(BLOB, size, offset, length)
+    try:
+        reader.readinto(memoryview(buffer))
+    finally:
+        reader.close()
+    return bytes(buffer)
+
+
+@pytest.fixture
+def source(place: Place) -> Iterator[RegistrySource]:
+    opened = place.open()
+    yield opened
+    opened.close()
+
+
+def test_manifests_by_tag_and_digest(source: RegistrySource) -> None:
+    by_tag = source.fetch_manifest("v1", None, 10.0)
+    assert source.fetch_manifest(None, by_tag.digest, 10.0).data == by_tag.data
+    assert Digest.of(by_tag.data) == by_tag.digest
+    for tag, digest in (("v9", None), (None, Digest.of(b"nothing"))):
+        with pytest.raises(ModelNotFoundError):
+            source.fetch_manifest(tag, digest, 10.0)
+
+
+def test_ranges_are_what_was_pushed(source: RegistrySource) -> None:
+    size = len(CONTENT)
+    for offset, length in (
+        (0, 1),
+        (0, 4096),
+        (1, 4095),
+        (4 << 20, 4096),
+        (size - 1, 1),
+        (size - 4096, 4096),
+        (0, size),
+    ):
+        assert read(source, offset, length) == CONTENT[offset : offset + length]
+
+
+def test_what_is_not_there_is_an_error_at_once(source: RegistrySource) -> None:
+    """docker-registry 2.8.2 announces the whole blob after a 416, and sends less: that is not waited for."""
+    started = time.monotonic()
+    with pytest.raises((RegistryError, SizeMismatchError)):
+        read(source, len(CONTENT) + 10, 10, size=len(CONTENT) + 1000)
+    with pytest.raises(SizeMismatchError) as caught:
+        read(source, 0, 10, size=len(CONTENT) + 1)
+    assert caught.value.fields["actual"] == len(CONTENT)
+    with pytest.raises(ModelNotFoundError):
+        source.open_range(Digest.of(b"nothing"), 7, 0, 7)
+    assert time.monotonic() - started < 60
+    assert read(source, 5, 5) == CONTENT[5:10], "and the next request works"
+
+
+def test_an_address_that_expires_is_asked_for_again(
+    docker_registry: RegistryProcess, proxy: str, certificate: Path, pushed: Callable[[str], None]
+) -> None:
+    pushed(docker_registry.host)
+    front = SigningFront(docker_registry.host, proxy, life_s=2)
+    source = Place(docker_registry.host, through(front.host, certificate, scheme="http")).open()
+    try:
+        for offset in range(3):
+            assert read(source, offset, 10) == CONTENT[offset : offset + 10]
+        assert front.signed == 1, "one address for many ranges"
+        time.sleep(3.1)
+        assert read(source, 7, 10) == CONTENT[7:17]
+        assert front.signed == 2
+    finally:
+        source.close()
+        front.stop()
+
+
+def test_a_rate_limit_says_when_to_come_back(
+    docker_registry: RegistryProcess, proxy: str, certificate: Path, pushed: Callable[[str], None]
+) -> None:
+    pushed(docker_registry.host)
+    source = Place(docker_registry.host, through(proxy, certificate, "/limited/v2")).open()
+    try:
+        assert read(source, 0, 10) == CONTENT[:10]
+
+        def read_on() -> None:
+            for _ in range(20):
+                read(source, 0, 10)
+
+        with pytest.raises(RegistryUnavailableError) as caught:
+            read_on()
+        assert caught.value.fields == {"status": 429, "retry_after_s": 1}
+        time.sleep(1.1)
+        assert read(source, 0, 10) == CONTENT[:10]
+    finally:
+        source.close()
