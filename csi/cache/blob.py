@@ -343,9 +343,3 @@ def _is_usable(fd: int, size_bytes: int, boot_id: bytes, *, recheck: bool) -> bo
         header.state is BlobState.FILLING and (recheck or header.boot_id == boot_id)
     )
     return fits and complete and trusted
-
-
-def this_boot() -> bytes:
-    """16 bytes that differ from boot to boot."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return bytes.fromhex(file.read().strip().replace("-", ""))

@@ -22,6 +22,11 @@ def add_parser(subparsers: Any) -> None:
         metavar="DIR",
         help="bind models only below this directory; may be repeated (default /)",
     )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take every mount over from the keeper that runs, which then ends (default: refuse to start beside it)",
+    )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.set_defaults(run=run)
 
@@ -31,5 +36,9 @@ def run(args: argparse.Namespace) -> int:
     from csi.keeper.main import KeeperSettings, serve
 
     logs.set_up("keeper", args.log_level)
-    serve(KeeperSettings(state_dir=args.state_dir, target_roots=tuple(args.target_root or ["/"])))
+    serve(
+        KeeperSettings(
+            state_dir=args.state_dir, target_roots=tuple(args.target_root or ["/"]), take_over=args.take_over
+        )
+    )
     return 0

@@ -1,8 +1,7 @@
 """Keeper, supervisor and node as one process tree, for a laptop, tests and small clusters.
 
 The same three commands as in a cluster, with the same sockets between them; this parent only starts them in order,
-restarts supervisor and node when they die, and stops them in reverse. The keeper is not restarted: with it the
-connections would be gone, and going on as if nothing had happened would hide that.
+restarts them when they die, and stops them in reverse. A new keeper gets the connections back from the supervisor.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 10.0
-_RESTART_DELAY_S = 0.5
+_RESTART_DELAY_S = 0.5  # for what ended soon after its start; anything else is started again at once
+_SOON_S = 5.0
 
 
 class ProcessTree:
@@ -36,6 +36,7 @@ class ProcessTree:
     def __init__(self) -> None:
         self._commands: dict[str, list[str]] = {}
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._started: dict[str, float] = {}
 
     def start(self, name: str, arguments: Sequence[str], is_up: Callable[[], None]) -> None:
         """Start `modelmount <name>` and wait until `is_up` raises nothing. Raises: MountError, ControlError."""
@@ -53,20 +54,17 @@ class ProcessTree:
                     raise
                 time.sleep(0.02)
 
-    def watch(self, stopping: Callable[[], bool]) -> int:
-        """Restart what may be restarted until `stopping`. Returns the exit status."""
+    def watch(self, stopping: Callable[[], bool]) -> None:
+        """Restart what ends until `stopping`."""
         while not stopping():
             for name, child in list(self._children.items()):
                 if child.poll() is None:
                     continue
-                if name == "keeper":
-                    log.error("the keeper ended with status %d; every mount is lost", child.returncode)
-                    return 1
                 log.error("%s ended with status %d; it is started again", name, child.returncode)
-                time.sleep(_RESTART_DELAY_S)
+                if time.monotonic() - self._started[name] < _SOON_S:
+                    time.sleep(_RESTART_DELAY_S)
                 self._spawn(name)
-            time.sleep(0.1)
-        return 0
+            time.sleep(0.05)
 
     def stop(self) -> None:
         """SIGTERM in reverse order, one after the other; SIGKILL after 10 s."""
@@ -90,6 +88,7 @@ class ProcessTree:
             preexec_fn=end_with_parent,
         )
         self._children[name] = child
+        self._started[name] = time.monotonic()
         return child
 
 
@@ -133,7 +132,8 @@ def run_tree(args: argparse.Namespace) -> int:
             ],
             lambda: None,
         )
-        return tree.watch(lambda: stop_requested)
+        tree.watch(lambda: stop_requested)
+        return 0
     finally:
         tree.stop()
 

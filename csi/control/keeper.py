@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
+from typing import Any
 
 from csi.control import endpoint, wire
+from csi.errors import ControlError
 
 SOCKET_NAME = "keeper.sock"
 _TIMEOUT_S = 20.0  # mounts and binds take milliseconds; only a stuck host takes longer
@@ -13,8 +16,8 @@ _TIMEOUT_S = 20.0  # mounts and binds take milliseconds; only a stuck host takes
 
 @dataclass(frozen=True, slots=True)
 class KeptMount:
-    """A superblock the keeper holds. `can_resend`: the kernel repeats requests a dead worker had taken. `existed`: it was
-    there before this call. `backend`: who serves it, as its first `mount` said.
+    """A superblock the keeper knows. `can_resend`: the kernel repeats requests a dead worker had taken. `existed`: it was
+    there before this call. `backend`: who serves it, as its first `mount` said. `connected`: the keeper holds its connection.
     """
 
     mount_id: str
@@ -23,6 +26,35 @@ class KeptMount:
     can_resend: bool
     existed: bool
     backend: str
+    connected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KeptSlot:
+    """What was left with the keeper under one name: a note and descriptors (now the caller's)."""
+
+    note: dict[str, Any]
+    fds: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class CollectedMount:
+    """A superblock with its descriptors (now the caller's): the connection, the table of requests taken, and O_PATH
+    the root of the mount.
+    """
+
+    mount: KeptMount
+    fuse_fd: int
+    table_fd: int
+    root_fd: int
+    init: bytes
+    slots: dict[str, KeptSlot]
+
+    def close(self) -> None:
+        """Let go of every descriptor."""
+        wire.close_all(
+            [self.fuse_fd, self.table_fd, self.root_fd, *(fd for slot in self.slots.values() for fd in slot.fds)]
+        )
 
 
 class KeeperClient:
@@ -35,13 +67,46 @@ class KeeperClient:
         """What the keeper says of itself: pid, kernel, init_set_version."""
         return self._call("ping")[0]
 
-    def mount(self, mount_id: str, read_ahead_kb: int, backend: str) -> tuple[KeptMount, int, int, bytes]:
-        """The superblock of `mount_id`, made if there is none: what it is, its /dev/fuse fd, the fd of its request
-        table, its INIT request. `backend` is for one that is made; one that exists keeps its own.
+    def watch(self, timeout_s: float) -> socket.socket:
+        """A connection that ends with the keeper. Raises: ControlError when none answers."""
+        sock = endpoint.connect(self._path, timeout_s)
+        try:
+            wire.send(sock, {"id": 1, "op": "watch"})
+            if (received := wire.recv(sock)) is None or "ok" not in received[0]:
+                raise ControlError("keeper: does not let itself be watched")
+        except OSError as exc:
+            sock.close()
+            raise ControlError(f"keeper: no answer to 'watch': {exc}") from exc
+        except ControlError:
+            sock.close()
+            raise
+        return sock
+
+    def mount(self, mount_id: str, read_ahead_kb: int, backend: str) -> CollectedMount:
+        """The superblock of `mount_id`, made if there is none. `backend` is for one that is made; one that exists keeps
+        its own.
         """
-        fields, fds = self._call("mount", mount_id=mount_id, read_ahead_kb=read_ahead_kb, backend=backend)
-        fuse_fd, table_fd = wire.exactly(fds, 2)
-        return _kept(fields), fuse_fd, table_fd, bytes.fromhex(str(fields["init"]))
+        return _collected(*self._call("mount", mount_id=mount_id, read_ahead_kb=read_ahead_kb, backend=backend))
+
+    def collect(self, mount_id: str) -> CollectedMount:
+        """The superblock of `mount_id` and what was left with it. Raises: MountError when its connection is lost."""
+        return _collected(*self._call("collect", mount_id=mount_id))
+
+    def restore(self, mount_id: str, fuse_fd: int, table_fd: int) -> None:
+        """Give a keeper that was restarted the connection back. Raises: MountError when that mount is gone."""
+        self._call("restore", (fuse_fd, table_fd), mount_id=mount_id)
+
+    def settle(self) -> None:
+        """Everything was brought back: mounts without a connection are lost, and removed."""
+        self._call("settle")
+
+    def keep(self, mount_id: str, slot: str, note: dict[str, Any], fds: tuple[int, ...]) -> None:
+        """Leave descriptors and a note under the mount, for `collect` by whoever supervises it next."""
+        self._call("keep", fds, mount_id=mount_id, slot=slot, note=note)
+
+    def drop(self, mount_id: str, slot: str) -> None:
+        """Close what was left in that slot. Nothing there is fine."""
+        self._call("drop", mount_id=mount_id, slot=slot)
 
     def bind(self, mount_id: str, target_path: str) -> bool:
         """Show the superblock read-only at `target_path`; False when it was there already."""
@@ -56,11 +121,25 @@ class KeeperClient:
         self._call("unmount", mount_id=mount_id)
 
     def mounts(self) -> list[KeptMount]:
-        """The superblocks the keeper holds."""
+        """The superblocks the keeper knows."""
         return [_kept(entry) for entry in self._call("list")[0]["mounts"]]
 
-    def _call(self, op: str, **fields: str | int) -> tuple[wire.Message, list[int]]:
-        return endpoint.call(self._path, op, _TIMEOUT_S, (), **fields)
+    def _call(self, op: str, fds: tuple[int, ...] = (), **fields: Any) -> tuple[wire.Message, list[int]]:
+        return endpoint.call(self._path, op, _TIMEOUT_S, fds, **fields)
+
+
+def _collected(fields: wire.Message, fds: list[int]) -> CollectedMount:
+    try:
+        counts = [int(note["fds"]) for note in wire.field(fields, "slots", list)]
+        wire.exactly(fds, 3 + sum(counts))
+        slots, rest = {}, fds[3:]
+        for note, count in zip(fields["slots"], counts, strict=True):
+            slots[str(note["slot"])], rest = KeptSlot(dict(note["note"]), rest[:count]), rest[count:]
+        init = bytes.fromhex(wire.field(fields, "init", str))
+        return CollectedMount(_kept(fields), fds[0], fds[1], fds[2], init, slots)
+    except (KeyError, TypeError, ValueError) as exc:
+        wire.close_all(fds)
+        raise ControlError(f"keeper: malformed answer: {exc}") from exc
 
 
 def _kept(fields: wire.Message) -> KeptMount:
@@ -71,4 +150,5 @@ def _kept(fields: wire.Message) -> KeptMount:
         can_resend=wire.field(fields, "can_resend", bool),
         existed=wire.field(fields, "existed", bool),
         backend=wire.field(fields, "backend", str),
+        connected=wire.field(fields, "connected", bool),
     )

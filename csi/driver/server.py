@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from csi.cache.blob import this_boot
+from csi.boot import this_boot
 from csi.control.keeper import KeeperClient
 from csi.control.supervisor import SupervisorClient
 from csi.driver.controller import ControllerService

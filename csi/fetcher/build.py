@@ -25,8 +25,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from csi.boot import this_boot
 from csi.cache import format as fmt
-from csi.cache.blob import BlobWriter, make_directory, this_boot
+from csi.cache.blob import BlobWriter, make_directory
 from csi.cache.format import BlobState
 from csi.control import wire
 from csi.errors import (

@@ -34,9 +34,10 @@ from dataclasses import replace
 from typing import Any
 
 from csi import credentials, registry_hosts
+from csi.boot import this_boot
 from csi.cache import format as fmt
 from csi.cache.allowance import Allowance
-from csi.cache.blob import BlobWriter, make_directory, this_boot
+from csi.cache.blob import BlobWriter, make_directory
 from csi.cache.ring import LendingRing
 from csi.control import wire
 from csi.errors import CacheError, ControlError, DigestMismatchError, ModelMountError, to_wire

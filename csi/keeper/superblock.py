@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import select
 import signal
 import stat
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from csi import mountinfo
 from csi.errors import MountError
@@ -36,27 +39,62 @@ _LATCH_INODE = (1 << 62) + 1  # no tree has that many entries
 _ROOT_INODE = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class Slot:
+    """Descriptors the supervisor left here under a name, and what it wrote beside them."""
+
+    note: dict[str, Any]
+    fds: list[int]
+
+    def close(self) -> None:
+        """Let go of the descriptors."""
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+
+@dataclass(slots=True)
 class Superblock:
-    """A mounted FUSE superblock whose connection `fd` keeps alive. `device` is `major:minor`. `table_fd`: the requests
-    that workers have taken and still owe.
+    """A mounted FUSE superblock whose connection `fd` keeps alive. `device` is `major:minor`.
+
+    `table_fd`: the requests that workers have taken and still owe. It and `fd` are -1 in a keeper that was restarted,
+    until a supervisor brings them back. `root_fd` (O_PATH) names the root of the mount for whoever does not see it.
     """
 
-    fd: int
-    table_fd: int
     init: handshake.InitRequest
     backend: BackendName
     device: str
     mount_point: str
+    root_fd: int
+    fd: int
+    table_fd: int
+    slots: dict[str, Slot] = field(default_factory=dict)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection is here."""
+        return self.fd >= 0
 
     def close(self) -> None:
-        """Let go of the connection; it ends when nobody else holds it."""
-        os.close(self.fd)
-        os.close(self.table_fd)
+        """Let go of every descriptor. Idempotent."""
+        for fd in (self.fd, self.table_fd, self.root_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.table_fd = self.root_fd = -1
+        for slot in self.slots.values():
+            slot.close()
+        self.slots.clear()
 
 
-def open_superblock(mount_point: str, read_ahead_kb: int, backend: BackendName) -> Superblock:
+def open_superblock(
+    mount_point: str,
+    read_ahead_kb: int,
+    backend: BackendName,
+    on_complete: Callable[[str, handshake.InitRequest], object] = lambda device, init: None,
+) -> Superblock:
     """Mount a new superblock at the empty directory `mount_point` and make it ready for its first worker.
+
+    `on_complete` is told device and INIT when the mount could outlive this process.
 
     Raises: MountError (no /dev/fuse, mount(2) refused, the kernel too old); then nothing stays mounted.
     """
@@ -76,7 +114,9 @@ def open_superblock(mount_point: str, read_ahead_kb: int, backend: BackendName) 
             device = mountinfo.at(mountinfo.read(), mount_point)[-1].device
             _latch_flush(fd, mount_point)
             _raise_read_ahead(device, read_ahead_kb)
-            return Superblock(fd, request_table.create(), init, backend, device, mount_point)
+            on_complete(device, init)
+            table_fd = request_table.create()
+            return Superblock(init, backend, device, mount_point, open_root(mount_point), fd, table_fd)
         except BaseException:
             with contextlib.suppress(OSError):
                 syscalls.detach(mount_point)
@@ -84,6 +124,26 @@ def open_superblock(mount_point: str, read_ahead_kb: int, backend: BackendName) 
     except BaseException:
         os.close(fd)
         raise
+
+
+def open_root(mount_point: str) -> int:
+    """An O_PATH descriptor of the mount's root. The kernel asks no server for it: the root's inode is pinned.
+
+    Raises: OSError.
+    """
+    return os.open(mount_point, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def is_fuse_device(fd: int) -> bool:
+    """Whether the descriptor is an open /dev/fuse (character device 10:229).
+
+    Only what is open for writing is asked what it is: fstat(2) of something on a mount of ours could wait for a worker.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if flags & os.O_PATH or flags & os.O_ACCMODE != os.O_RDWR:
+        return False
+    status = os.fstat(fd)
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(10, 229)
 
 
 def _open_device() -> int:
@@ -121,6 +181,7 @@ def _latch_flush(fd: int, mount_point: str) -> None:
     if child == 0:
         status = 1
         try:
+            os.close(fd)  # or a keeper killed now would leave a child that waits for itself
             os.close(os.open(os.path.join(mount_point, os.fsdecode(_LATCH_NAME)), os.O_RDONLY))
             status = 0
         finally:

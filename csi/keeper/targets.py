@@ -1,8 +1,9 @@
 """Target directories: made, checked, bound over and removed without following a link a pod could have planted.
 
-A target path is given by kubelet. Its parent is opened below one of the keeper's target roots with openat2;
-from there on only descriptors are used. Nothing here ever asks a mounted file system anything: a dead one would
-answer with an error, a hung one never.
+A target path is given by kubelet. Its parent is opened below one of the keeper's target roots with openat2; from
+there on only descriptors are used, and what is mounted at a target is told by mount ids (fdinfo), not by its path,
+which somebody may rename meanwhile. Nothing here ever asks a mounted file system anything: a dead one would answer
+with an error, a hung one never.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
 from collections.abc import Iterator, Sequence
 
 from csi import mountinfo
@@ -42,10 +42,10 @@ class Targets:
         Raises: MountError for a target that is not an empty directory, or holds a mount that is not ours; then
         nothing was changed, and a directory made here is gone again.
         """
-        with self._parent_of(target_path) as (parent_fd, name, real_path):
+        with self._parent_of(target_path) as (parent_fd, name):
             created = _make_directory(parent_fd, name, target_path)
             try:
-                stacked = mountinfo.at(mountinfo.read(), real_path)
+                stacked = _mounted_at(parent_fd, name)
                 if stacked and stacked[-1].device == device:
                     return False
                 if any(entry.source != "modelmount" for entry in stacked):
@@ -54,11 +54,11 @@ class Targets:
                         "unmount it, or choose another target",
                         target_path=target_path,
                     )
-                _detach_all(parent_fd, name, real_path)
+                _detach_all(parent_fd, name, target_path)
                 target_fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent_fd)
                 try:
                     if not created:
-                        _require_empty(parent_fd, name, target_path)
+                        _require_empty(target_fd, parent_fd, target_path)
                     tree_fd = syscalls.clone_tree(source)
                     try:
                         syscalls.set_tree_attributes(tree_fd, _BIND_ATTRIBUTES)
@@ -85,15 +85,15 @@ class Targets:
         Raises: MountError when something else is there: a foreign mount, a file, a directory with content.
         """
         try:
-            with self._parent_of(target_path) as (parent_fd, name, real_path):
-                for entry in mountinfo.at(mountinfo.read(), real_path):
+            with self._parent_of(target_path) as (parent_fd, name):
+                for entry in _mounted_at(parent_fd, name):
                     if entry.source != "modelmount":
                         raise MountError(
                             f"target {target_path}: holds a {entry.fs_type} mount that is not ModelMount's; "
                             "unmount it by hand",
                             target_path=target_path,
                         )
-                _detach_all(parent_fd, name, real_path)
+                _detach_all(parent_fd, name, target_path)
                 _remove_target(parent_fd, name, target_path)
         except MountError as exc:
             if exc.fields.get("errno") == errno.ENOENT:
@@ -101,8 +101,8 @@ class Targets:
             raise
 
     @contextlib.contextmanager
-    def _parent_of(self, target_path: str) -> Iterator[tuple[int, str, str]]:
-        """The opened parent directory, the last component, and the path as mountinfo shows it."""
+    def _parent_of(self, target_path: str) -> Iterator[tuple[int, str]]:
+        """The opened parent directory and the last component."""
         parent, name = os.path.split(target_path)
         if not target_path.startswith("/") or not name or os.path.normpath(target_path) != target_path:
             raise InvalidVolumeError(
@@ -111,7 +111,7 @@ class Targets:
             )
         parent_fd = self._open_parent(parent, target_path)
         try:
-            yield parent_fd, name, os.path.join(os.readlink(f"/proc/self/fd/{parent_fd}"), name)
+            yield parent_fd, name
         finally:
             os.close(parent_fd)
 
@@ -152,9 +152,11 @@ def _make_directory(parent_fd: int, name: str, target_path: str) -> bool:
     return True
 
 
-def _require_empty(parent_fd: int, name: str, target_path: str) -> None:
-    """Only called where nothing is mounted, so this asks the host's own file system."""
-    listing_fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent_fd)
+def _require_empty(target_fd: int, parent_fd: int, target_path: str) -> None:
+    """Asks the host's own file system only: what a mount hides, or a mount itself, is never listed."""
+    if _mount_no(target_fd) != _mount_no(parent_fd):
+        raise MountError(f"target {target_path}: something was mounted there meanwhile", target_path=target_path)
+    listing_fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=target_fd)
     try:
         found = os.listdir(listing_fd)
     finally:
@@ -167,19 +169,47 @@ def _require_empty(parent_fd: int, name: str, target_path: str) -> None:
         )
 
 
-def _detach_all(parent_fd: int, name: str, real_path: str) -> None:
+def _mount_no(fd: int) -> int:
+    """The number mountinfo gives the mount that a descriptor is of. Source: proc_pid_fdinfo(5), mnt_id."""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("mnt_id:"))
+
+
+def _mounted_at(parent_fd: int, name: str) -> list[mountinfo.MountEntry]:
+    """What is mounted at `name`, bottom first. An O_PATH descriptor of a mount's root asks no file system.
+
+    Raises: OSError (no such name: nothing is mounted there, an empty list).
+    """
+    try:
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent_fd)
+    except FileNotFoundError:
+        return []
+    try:
+        topmost = _mount_no(fd)
+    finally:
+        os.close(fd)
+    below = _mount_no(parent_fd)
+    by_number = {entry.mount_no: entry for entry in mountinfo.read()}
+    stacked: list[mountinfo.MountEntry] = []
+    while topmost != below and (entry := by_number.get(topmost)):
+        stacked.append(entry)
+        topmost = entry.parent_no
+    return stacked[::-1]
+
+
+def _detach_all(parent_fd: int, name: str, target_path: str) -> None:
     """umount2 takes a path; with the parent as working directory it is one component, and no link is followed."""
     os.fchdir(parent_fd)
     try:
         for _ in range(_MAX_STACKED):
-            if not mountinfo.at(mountinfo.read(), real_path):
+            if not _mounted_at(parent_fd, name):
                 return
             syscalls.detach(name)
     except OSError as exc:
-        raise MountError(f"target {real_path}: unmount failed: {exc.strerror}", errno=exc.errno) from exc
+        raise MountError(f"target {target_path}: unmount failed: {exc.strerror}", errno=exc.errno) from exc
     finally:
         os.chdir("/")
-    raise MountError(f"target {real_path}: mounts keep appearing there while it is unmounted")
+    raise MountError(f"target {target_path}: mounts keep appearing there while it is unmounted")
 
 
 def _remove_directory(parent_fd: int, name: str) -> None:
@@ -188,16 +218,18 @@ def _remove_directory(parent_fd: int, name: str) -> None:
 
 
 def _remove_target(parent_fd: int, name: str, target_path: str) -> None:
+    """rmdir(2) looks at the directory below a mount, and answers EBUSY for a mount point: it asks nobody else."""
     try:
-        mode = os.lstat(name, dir_fd=parent_fd).st_mode
-        if not stat.S_ISDIR(mode):
-            raise MountError(f"target {target_path}: is not a directory; not removed", target_path=target_path)
         os.rmdir(name, dir_fd=parent_fd)
     except FileNotFoundError:
         return
+    except NotADirectoryError as exc:
+        raise MountError(
+            f"target {target_path}: is not a directory; not removed", target_path=target_path, errno=exc.errno
+        ) from exc
     except OSError as exc:
         raise MountError(
             f"target {target_path}: not removed: {exc.strerror}; nothing of ModelMount is mounted there any more",
             target_path=target_path,
-            errno=exc.errno if exc.errno != errno.ENOENT else None,
+            errno=exc.errno,
         ) from exc

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from csi.control import wire
-from csi.control.keeper import KeeperClient, KeptMount
+from csi.control.keeper import KeptMount
 from csi.credentials import Credentials, to_wire, united, within_limits
 from csi.errors import ControlError, DigestMismatchError, InvalidVolumeError, ModelMountError, MountError
 from csi.fuse.handshake import RESEND_MESSAGE, BackendName
@@ -35,6 +35,7 @@ from csi.registry_hosts import to_wire as hosts_to_wire
 from csi.supervisor.build import BuildPhase, SentManifest
 from csi.supervisor.child import Child, ChildPool
 from csi.supervisor.hosts import read_hosts
+from csi.supervisor.kept import KeptMounts
 from csi.supervisor.settings import SupervisorSettings
 from csi.supervisor.store_link import StoreLink
 from csi.volume import SHARED_DOMAIN, MountKey, Prefetch, Verify
@@ -80,7 +81,7 @@ class Mount:
         self,
         key: MountKey,
         reference: Reference,
-        keeper: KeeperClient,
+        keeper: KeptMounts,
         pool: ChildPool,
         store: StoreLink,
         settings: SupervisorSettings,
@@ -152,11 +153,13 @@ class Mount:
                 self._worker, fetcher, manifest, self._area_fd, self.key.view.texts, str(self.key.verify)
             )
             self._save_tree()
-            kept, self._fuse_fd, self._table_fd, self._init = await asyncio.to_thread(
-                self._keeper.mount, self.mount_id, self._settings.read_ahead_kb, self._settings.fuse_backend
+            collected = await self._keeper.mount(
+                self.mount_id, self._settings.read_ahead_kb, self._settings.fuse_backend
             )
-            self.kept = kept
-            if kept.existed:
+            self.kept, self._init = collected.mount, collected.init
+            self._fuse_fd, self._table_fd = collected.fuse_fd, collected.table_fd
+            os.close(collected.root_fd)
+            if collected.mount.existed:
                 self._resend()  # what the worker of a supervisor that died had taken
             await self._serve(self._worker)
         except Exception as exc:
@@ -311,7 +314,7 @@ class Mount:
                 await self._worker.call("release", 1.0)
         if self.kept is not None:
             try:
-                await asyncio.to_thread(self._keeper.unmount, self.mount_id)
+                await self._keeper.unmount(self.mount_id)
             except ModelMountError as exc:
                 log.warning("mount %s: %s", self.mount_id, exc)
         await asyncio.gather(*(child.stop() for child in (self._worker, self._fetcher) if child is not None))

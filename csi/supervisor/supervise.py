@@ -15,7 +15,6 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from csi.control import wire
-from csi.control.keeper import KeeperClient
 from csi.credentials import Credentials, to_wire
 from csi.errors import (
     ControlError,
@@ -34,6 +33,7 @@ from csi.oci.reference import Reference
 from csi.oci.view import View
 from csi.supervisor.access import AccessRecords, Caller, Model
 from csi.supervisor.child import ChildPool, Role
+from csi.supervisor.kept import KeptMounts
 from csi.supervisor.mount import Lease, Mount, resolve
 from csi.supervisor.node_credentials import NodeCredentials
 from csi.supervisor.settings import SupervisorSettings
@@ -55,7 +55,7 @@ class Supervisor:
 
     def __init__(self, settings: SupervisorSettings) -> None:
         self._settings = settings
-        self._keeper = KeeperClient(settings.state_dir)
+        self._keeper = KeptMounts(settings.state_dir)
         self._pool = ChildPool(
             [
                 Role("worker", settings.worker_uid, settings.child_gid),
@@ -72,11 +72,12 @@ class Supervisor:
         self._access = AccessRecords(os.path.join(settings.data_dir, "access"), settings.access_life_s)
         self._asking: dict[int, asyncio.Task[None]] = {}
         self._expiries: dict[str, asyncio.Task[None]] = {}
+        self._following: asyncio.Task[None] | None = None
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def start(self) -> None:
-        """Start the store and the spare children."""
-        await asyncio.gather(self._store.start(), self._pool.fill())
+        """Find the keeper, start the store and the spare children."""
+        await asyncio.gather(self._follow_keeper(), self._store.start(), self._pool.fill())
 
     async def cache(self, verb: str, fields: dict[str, Any]) -> list[int]:
         """What `modelmount cache` asks of the store; its answer as a memfd."""
@@ -89,6 +90,16 @@ class Supervisor:
         mount = self._mounts.get(str(message.get("mount_id")))
         if mount is not None:
             mount.on_store_message(message)
+
+    async def _follow_keeper(self) -> None:
+        while True:
+            try:
+                await self._keeper.connect()
+                break
+            except ControlError as exc:
+                log.warning("waiting for the keeper: %s", exc)
+                await asyncio.sleep(0.2)
+        self._following = asyncio.create_task(self._keeper.follow())
 
     async def ensure(
         self,
@@ -183,6 +194,8 @@ class Supervisor:
         """End every mount and child. For the one-process-tree mode and tests: in a cluster mounts outlive us."""
         for task in (*self._expiries.values(), *self._asking.values()):
             task.cancel()
+        if self._following is not None:
+            self._following.cancel()
         mounts, self._mounts = list(self._mounts.values()), {}
         await asyncio.gather(*(mount.close() for mount in mounts))
         await asyncio.gather(self._pool.close(), self._store.close())

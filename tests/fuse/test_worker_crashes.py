@@ -16,10 +16,11 @@ from pathlib import Path
 import grpc
 import pytest
 from fakes.registry import FakeRegistry
-from support.node_process import COMMAND, NodeProcess
+from support.node_process import COMMAND, NodeProcess, process_of
 
 from csi.control.keeper import KeeperClient
 from csi.control.supervisor import SupervisorClient
+from csi.errors import ControlError
 
 pytestmark = pytest.mark.fuse
 
@@ -191,6 +192,35 @@ def test_a_republish_after_the_death_of_the_supervisor_goes_on_with_the_same_con
             assert file.read(1000) == content[1000:2000]
         node.unpublish(target)
         assert node.status() == []
+
+
+def test_sigkill_of_the_keeper_is_noticed_by_nobody(tmp_path: Path, small_model: tuple[str, bytes]) -> None:
+    reference, content = small_model
+    with NodeProcess(tmp_path, "--spares=0") as node:
+        target = node.target()
+        node.publish(reference, target)
+        keeper = KeeperClient(str(node.state_dir))
+        for _ in range(3):
+            os.kill(process_of(node.pid, "keeper"), signal.SIGKILL)
+            assert (target / "model.bin").read_bytes() == content
+            deadline = time.monotonic() + 20
+            while not (kept := connected_mounts(keeper)):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            assert len(kept) == 1
+        other = node.target("other")
+        node.publish(reference, other, "vol-2")
+        assert len({os.stat(path).st_dev for path in (target, other)}) == 1, "the same superblock still"
+        node.unpublish(target)
+        node.unpublish(other, "vol-2")
+        assert keeper.mounts() == []
+
+
+def connected_mounts(keeper: KeeperClient) -> list[str]:
+    try:
+        return [mount.mount_id for mount in keeper.mounts() if mount.connected]
+    except ControlError:
+        return []
 
 
 def test_metadata_is_served_while_reads_wait_and_a_killed_reader_dies(

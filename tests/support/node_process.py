@@ -196,6 +196,16 @@ def children_of(pid: int) -> set[int]:
     return found
 
 
+def process_of(tree: int, verb: str) -> int:
+    """The process of an all-in-one tree that runs `modelmount <verb>`."""
+    (pid,) = [
+        pid
+        for pid in children_of(tree)
+        if f"\0{verb}\0".encode() in Path(f"/proc/{pid}/cmdline").read_bytes() and alive(pid)
+    ]
+    return pid
+
+
 def alive(pid: int) -> bool:
     """Whether a process exists and is not a zombie."""
     try:

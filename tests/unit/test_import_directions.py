@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "registry": {"stream", "oci"},
     "cache": {"stream", "oci"},
     "fuse": {"tree", "stream", "oci"},
-    "keeper": {"fuse", "control"},
+    "keeper": {"fuse", "control", "jail"},
     "fetcher": {"registry", "cache", "control", "integrity", "tree", "stream", "oci"},
     "worker": {"fuse", "cache", "control", "tree", "stream", "oci"},
     "keychain": set(),
@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
 
 # The values everybody may import, and what they may import themselves.
 VALUES: dict[str, set[str]] = {
+    "boot": set(),
     "errors": set(),
     "mountinfo": set(),
     "credentials": {"errors"},
