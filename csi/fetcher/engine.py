@@ -137,6 +137,7 @@ class FetchEngine:
         self._hashes: list[BlobHashes | None] = list(hashes) if hashes is not None else [None] * len(specs)
         self._complete: set[int] = set()
         self._held: set[int] = set()
+        self._being_written: set[tuple[int, int]] = set()  # lent, and on its way to the disk
         self._lock = threading.Condition()
         self._stopping = False
         self._generation = 0  # counts changes of sources and credentials; a wait for better ones ends when it moves
@@ -290,7 +291,7 @@ class FetchEngine:
 
     def _is_left(self, blob: int, block: int) -> bool:
         """Not for the background: it need only be checked, or comes from elsewhere."""
-        return blob in self._held or self._writers[blob].is_kept(block)
+        return blob in self._held or (blob, block) in self._being_written or self._writers[blob].is_kept(block)
 
     def _fetch_loop(self, least: Priority) -> None:
         # Page-aligned and reused: fresh memory and unaligned copies each cost more than the network does.
@@ -438,11 +439,12 @@ class FetchEngine:
             return False
         if write and self._ring.free_slots > self._ring.slots // 2:
             self._ring.hold(slot)
+            with self._lock:
+                self._being_written.add((blob, block))
             self._behind.put((blob, block, slot))
         else:
             with self._lock:
                 self._counters.unwritten_blocks += 1
-                self._fetch_unwritten = True
         with self._lock:
             self._counters.lent_blocks += 1
         if not self._on_lent(blob, block, slot):
@@ -464,20 +466,24 @@ class FetchEngine:
             except CacheError as exc:
                 self._cache_failed(exc)
             finally:
+                with self._lock:
+                    self._being_written.discard((blob, block))
                 self._ring.release(slot)
 
     def _cache_failed(self, error: CacheError) -> None:
         with self._lock:
+            self._fetch_unwritten = True
             now = time.monotonic()
             if now < self._no_writes_until:
                 return
             self._no_writes_until = now + _CACHE_REST_S
             self._counters.cache_errors += 1
             self._counters.last_error, self._counters.last_error_at = error, time.time()
-            self._fetch_unwritten = True
         log.warning("%s; blocks go to readers without it for %g s", error, _CACHE_REST_S)
 
     def _note_write_time(self, seconds: float, size_bytes: int) -> None:
+        if size_bytes < _PIECE_BYTES:  # says more about the system call than about the disk
+            return
         self._write_s += (seconds * blocks.BLOCK_BYTES / size_bytes - self._write_s) / 8
         if self._disk_is_slow != (slow := self._write_s > (_QUICK_WRITE_S if self._disk_is_slow else _SLOW_WRITE_S)):
             self._disk_is_slow = slow
@@ -494,6 +500,8 @@ class FetchEngine:
     def _arrived(self, blob: int, block: int, fetched_bytes: int) -> None:
         with self._lock:
             self._scheduler.done(blob, block)
+            if not self._is_present(blob, block):  # from now on: until then the background passed over it
+                self._fetch_unwritten = True
             self._wrong_tries.pop((blob, block), None)
             if fetched_bytes:
                 self._counters.fetched_bytes += fetched_bytes
