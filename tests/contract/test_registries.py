@@ -19,6 +19,7 @@ from support.registry_servers import (
     ROOT,
     Server,
     SigningFront,
+    TokenIssuer,
     distribution_v3,
     free_port,
     nginx,
@@ -26,7 +27,8 @@ from support.registry_servers import (
     start_nginx,
 )
 
-from csi.errors import ModelNotFoundError, RegistryError, RegistryUnavailableError, SizeMismatchError
+from csi.credentials import Credential, Credentials
+from csi.errors import ModelNotFoundError, RegistryAuthError, RegistryError, RegistryUnavailableError, SizeMismatchError
 from csi.oci.digest import Digest
 from csi.oci.modelpack import ModelDescription, SourceFile, pack
 from csi.oci.reference import Reference
@@ -52,9 +54,12 @@ class Place:
     host: str
     hosts: tuple[RegistryHost, ...] = ()
 
-    def open(self, stall_s: float = 3.0) -> RegistrySource:
+    def open(self, stall_s: float = 3.0, credentials: Credentials = ()) -> RegistrySource:
         settings = SourceSettings(
-            rules=AddressRules(), hosts=self.hosts, transport=TransportSettings(stall_timeout_s=stall_s)
+            rules=AddressRules(),
+            credentials=credentials,
+            hosts=self.hosts,
+            transport=TransportSettings(stall_timeout_s=stall_s),
         )
         source = open_source(Reference.parse(f"{self.host}/team/model:v1"), settings)
         assert isinstance(source, RegistrySource)
@@ -103,16 +108,16 @@ def proxy(
 
 
 @pytest.fixture(scope="module")
-def pushed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], None]:
+def pushed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
     """Pushes the model to a registry, once."""
     path, done = tmp_path_factory.mktemp("model") / "model.bin", set()
     path.write_bytes(CONTENT)
 
-    def push(host: str) -> None:
+    def push(host: str, credentials: Credentials = ()) -> None:
         if host in done:
             return
         model = pack([SourceFile("model.bin", BLOB, len(CONTENT))], ModelDescription(name="m"))
-        sink = ModelUploader(Reference.parse(f"{host}/team/model:v1"), plain_http=False)
+        sink = ModelUploader(Reference.parse(f"{host}/team/model:v1"), plain_http=False, credentials=credentials)
         try:
             sink.put_file(model.layers[0], str(path), lambda progress: None)
             sink.finish(model, "v1")
@@ -128,7 +133,7 @@ def through(address: str, certificate: Path, path: str = "/v2", scheme: str = "h
 
 
 @pytest.fixture(params=["docker-registry 2.8.2", "distribution 3", "with referrers", "nginx TLS", "signed addresses"])
-def place(request: pytest.FixtureRequest, pushed: Callable[[str], None]) -> Iterator[Place]:
+def place(request: pytest.FixtureRequest, pushed: Callable[..., None]) -> Iterator[Place]:
     """A model somewhere, and how to get at it."""
     front = None
     match request.param:
@@ -208,7 +213,7 @@ def test_what_is_not_there_is_an_error_at_once(source: RegistrySource) -> None:
 
 
 def test_an_address_that_expires_is_asked_for_again(
-    docker_registry: RegistryProcess, proxy: str, certificate: Path, pushed: Callable[[str], None]
+    docker_registry: RegistryProcess, proxy: str, certificate: Path, pushed: Callable[..., None]
 ) -> None:
     pushed(docker_registry.host)
     front = SigningFront(docker_registry.host, proxy, life_s=2)
@@ -226,7 +231,7 @@ def test_an_address_that_expires_is_asked_for_again(
 
 
 def test_a_rate_limit_says_when_to_come_back(
-    docker_registry: RegistryProcess, proxy: str, certificate: Path, pushed: Callable[[str], None]
+    docker_registry: RegistryProcess, proxy: str, certificate: Path, pushed: Callable[..., None]
 ) -> None:
     pushed(docker_registry.host)
     source = Place(docker_registry.host, through(proxy, certificate, "/limited/v2")).open()
@@ -241,6 +246,53 @@ def test_a_rate_limit_says_when_to_come_back(
             read_on()
         assert caught.value.fields == {"status": 429, "retry_after_s": 1}
         time.sleep(1.1)
+        assert read(source, 0, 10) == CONTENT[:10]
+    finally:
+        source.close()
+
+
+@pytest.fixture(params=["docker-registry 2.8.2", "distribution 3"])
+def guarded(request: pytest.FixtureRequest, certificate: Path, tmp_path: Path) -> Iterator[tuple[str, TokenIssuer]]:
+    """A real registry that takes tokens of our issuer alone."""
+    binary = distribution_v3(TOOLS) if request.param == "distribution 3" else request.getfixturevalue("registry_binary")
+    issuer, port = TokenIssuer(certificate, "test registry"), free_port()
+    bundle = tmp_path / "bundle.pem"
+    bundle.write_text(Path(str(certificate) + ".crt").read_text())
+    auth = f'auth: {{token: {{realm: "{issuer.realm}", service: "test registry", issuer: test, rootcertbundle: {bundle}}}}}'
+    config = f'version: 0.1\nstorage: {{filesystem: {{rootdirectory: {tmp_path}/s}}}}\nhttp: {{addr: "127.0.0.1:{port}"}}\n{auth}\n'
+    (tmp_path / "config.yml").write_text(config)
+    server = Server([str(binary), "serve", str(tmp_path / "config.yml")], tmp_path, port)
+    yield server.host, issuer
+    server.stop()
+    issuer.stop()
+    gc.collect()
+
+
+def test_tokens_of_a_real_token_service(guarded: tuple[str, TokenIssuer], pushed: Callable[..., None]) -> None:
+    host, issuer = guarded
+    ann = (Credential("ann", "old"), Credential("ann", "pa55word"))
+    pushed(host, ann)
+    assert {scope for _, scope in issuer.asked} <= {"repository:team/model:pull", "repository:team/model:pull,push",
+                                                    "repository:team/model:push,pull"}  # fmt: skip
+    for credentials, method in ((ann, "GET"), ((Credential(identity_token="refresh"),), "POST")):
+        issuer.asked.clear()
+        issuer.life_s = 60
+        source = Place(host).open(credentials=credentials)
+        try:
+            assert source.fetch_manifest("v1", None, 10.0).data
+            for offset in range(5):
+                assert read(source, offset, 10) == CONTENT[offset : offset + 10]
+            assert {asked for asked, _ in issuer.asked} == {method}
+            assert len(issuer.asked) == len(credentials), "one token for many requests"
+        finally:
+            source.close()
+    with pytest.raises(RegistryAuthError):
+        Place(host).open().fetch_manifest("v1", None, 10.0)
+    issuer.life_s = 2
+    source = Place(host).open(credentials=ann)
+    try:
+        assert read(source, 0, 10) == CONTENT[:10]
+        time.sleep(2.1)
         assert read(source, 0, 10) == CONTENT[:10]
     finally:
         source.close()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import http.server
+import json
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -16,6 +18,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 
@@ -196,3 +199,67 @@ class SigningFront:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class TokenIssuer:
+    """A token service (GET with Basic, OAuth2 POST with a refresh token) whose JWTs a real registry checks."""
+
+    def __init__(self, certificate: Path, service: str, life_s: float = 60) -> None:
+        self.life_s = life_s
+        self.asked: list[tuple[str, str]] = []
+        """Method and scope of each request."""
+        self.service, self._certificate = service, certificate
+        issuer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                basic = "Basic " + base64.b64encode(b"ann:pa55word").decode()
+                self._give(self.path.partition("?")[2], self.headers.get("Authorization") == basic)
+
+            def do_POST(self) -> None:
+                form = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                self._give(form, parse_qs(form).get("refresh_token") == ["refresh"])
+
+            def _give(self, query: str, is_ann: bool) -> None:
+                scope = parse_qs(query).get("scope", [""])[0]
+                issuer.asked.append((self.command, scope))
+                body = json.dumps(issuer.answer(scope) if is_ann else {"error": "invalid_grant"}).encode()
+                self.send_response(200 if is_ann else 401)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                return
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.realm = f"http://127.0.0.1:{self._server.server_address[1]}/token"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    def answer(self, scope: str) -> dict[str, Any]:
+        """A token for that scope, signed by openssl."""
+        kind, name, actions = scope.split(":")
+        now = int(time.time())
+        der = ssl.PEM_cert_to_DER_cert(Path(f"{self._certificate}.crt").read_text())
+        header = {"typ": "JWT", "alg": "RS256", "x5c": [base64.b64encode(der).decode()]}
+        access = [{"type": kind, "name": name, "actions": actions.split(",")}]
+        claims = {"iss": "test", "sub": "ann", "aud": self.service, "exp": now + int(self.life_s), "nbf": now - 60,
+                  "iat": now, "jti": str(now), "access": access}  # fmt: skip
+        signed = b".".join(_base64url(json.dumps(part).encode()) for part in (header, claims))
+        command = ["openssl", "dgst", "-sha256", "-sign", str(self._certificate)]
+        signature = subprocess.run(command, input=signed, check=True, capture_output=True).stdout
+        return {"token": (signed + b"." + _base64url(signature)).decode(), "expires_in": self.life_s}
+
+    def stop(self) -> None:
+        """End it."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _base64url(data: bytes) -> bytes:
+    return base64.urlsafe_b64encode(data).rstrip(b"=")
