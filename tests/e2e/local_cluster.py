@@ -34,6 +34,7 @@ _POD_SUBNET = "10.98.0.0/24"
 _TOKEN = "e2e-token"
 _CNI_BIN = "/usr/lib/cni"
 _SHIMS = "/run/containerd"  # containerd's shims put their sockets there wherever its own state lies
+_FEATURE_GATES = {"CSIVolumeHealth": True}  # alpha: what the driver says of a volume lies in the pod's status then
 _ETCD = "http://127.0.0.1:2379"
 
 
@@ -50,7 +51,6 @@ class LocalCluster(KubernetesApi):
         self._session.headers["Authorization"] = f"Bearer {_TOKEN}"
         self.directory = directory
         self.kubelet_dir = directory / "kubelet"
-        self.feature_gates: dict[str, bool] = {}
         self._binaries = binaries
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._shims_were_there = os.path.exists(_SHIMS)
@@ -198,7 +198,7 @@ class LocalCluster(KubernetesApi):
             "evictionHard": {"memory.available": "1Mi", "nodefs.available": "1Mi", "imagefs.available": "1Mi"},
             "failCgroupV1": False,
             "failSwapOn": False,
-            "featureGates": self.feature_gates,
+            "featureGates": _FEATURE_GATES,
             "healthzPort": 0,
             "localStorageCapacityIsolation": False,
             "makeIPTablesUtilChains": False,
@@ -247,6 +247,7 @@ class LocalCluster(KubernetesApi):
                 f"--cert-dir={self.directory}/certs",
                 f"--token-auth-file={tokens}",
                 "--authorization-mode=RBAC",
+                "--feature-gates=" + ",".join(f"{name}={on}" for name, on in _FEATURE_GATES.items()),
                 "--allow-privileged=true",
                 "--kubelet-preferred-address-types=InternalIP",
                 "--service-cluster-ip-range=10.96.0.0/16",

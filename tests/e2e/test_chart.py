@@ -18,6 +18,7 @@ EVERYTHING: dict[str, Any] = {
     "imagePullSecrets": [{"name": "pull"}],
     "image.digest": "sha256:" + "a" * 64,
     "fetch.plainHTTPHosts": ["registry.internal:5000"],
+    "fetch.registryConfigDir": "/etc/containerd/certs.d",
     "tokenRequests": [{"audience": "registry.example.com", "expirationSeconds": 3600}],
     "affinity": {"nodeAffinity": {}},
     "podAnnotations": {"example.com/a": "b"},
