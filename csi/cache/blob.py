@@ -18,7 +18,6 @@ from csi.errors import CacheError
 from csi.oci.digest import Digest
 from csi.stream import blocks
 
-_DIRECTORY_MODE = 0o2775
 _HASH_BYTES = 32
 
 
@@ -297,10 +296,9 @@ class BlobWriter(_MappedBlob):
 
 
 def make_directory(area_fd: int, digest: Digest) -> None:
-    """Where a blob of a mount lies: ours, with the store's group. Raises: OSError."""
+    """Where a blob of a mount lies: ours, with the store's group, which it has from the area. Raises: OSError."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(digest.path_name, 0o775, dir_fd=area_fd)
-        os.chmod(digest.path_name, _DIRECTORY_MODE, dir_fd=area_fd)
 
 
 def _shared_hashes(area_fd: int, digest: Digest, size_bytes: int) -> bytes | None:

@@ -17,6 +17,10 @@ def add_parser(subparsers: Any) -> None:
     ):
         parser = subparsers.add_parser(name, help=f"{what} (started by the supervisor)")
         parser.add_argument("--control-fd", type=int, required=True, help="the socket to the supervisor")
+        parser.add_argument("--data-dir", required=True, help="where the cache lies")
+        parser.add_argument("--read-dir", action="append", default=[], help="a fetcher may read below it too")
+        parser.add_argument("--jail", choices=["require", "degrade"], default="require")
+        parser.add_argument("--memory-mib", type=int, default=0, help="private memory it may use (0: no limit)")
         parser.add_argument("--uid", type=int, help="become this user before the first message")
         parser.add_argument("--gid", type=int, help="and this group")
         parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
@@ -32,9 +36,17 @@ def run(args: argparse.Namespace) -> int:
         from csi.store.main import run as serve
     else:
         from csi.fetcher.main import run as serve
-    from csi.jail.privileges import become, raise_descriptor_limit
+    from csi.jail.confinement import Confinement, Policy, Role
+    from csi.jail.privileges import raise_descriptor_limit
 
     raise_descriptor_limit()
-    if args.uid is not None:
-        become(args.uid, args.gid)
-    return serve(args.control_fd)
+    level = Confinement(
+        role=Role(args.verb),
+        policy=Policy(args.jail),
+        data_dir=args.data_dir,
+        read_dirs=args.read_dir,
+        uid=args.uid,
+        gid=args.gid,
+        memory_mib=args.memory_mib,
+    ).enter()
+    return serve(args.control_fd, level)

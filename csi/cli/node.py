@@ -93,6 +93,10 @@ def run(args: argparse.Namespace) -> int:
         from csi.cli.process_tree import run_tree
 
         return run_tree(args)
+    from csi.jail.privileges import keep_only, no_new_privileges
+
+    keep_only(frozenset())
+    no_new_privileges()
     import asyncio
     from importlib.metadata import version
 

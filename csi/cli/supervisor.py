@@ -7,14 +7,22 @@ import os
 from typing import Any
 
 from csi.errors import InvalidVolumeError
+from csi.jail.privileges import Capability
 from csi.observe import logs
 from csi.quantity import parse_size
 
-# Numbers that no distribution gives to a user; the files they own are the cache's alone.
+# To start children as other users and to end them; the rest to give the cache's directories to the users they belong to.
+_CAPABILITIES = frozenset(
+    {
+        *(Capability.SETUID, Capability.SETGID, Capability.KILL),
+        *(Capability.CHOWN, Capability.DAC_OVERRIDE, Capability.FOWNER, Capability.FSETID),
+    }
+)
 _NODE_FILES = (
     "registry_config_dir", "node_registry_config", "credential_provider_config", "credential_provider_bin_dir",
 )  # fmt: skip
 
+# Numbers that no distribution gives to a user; the files they own are the cache's alone.
 WORKER_UID, FETCHER_UID, STORE_UID, CHILD_GID, STORE_GID = 64100, 64101, 64102, 64100, 64102
 
 
@@ -112,6 +120,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="who serves mounts made from now on: our own FUSE server or pyfuse3 (default auto: see the documentation)",
     )
     group.add_argument(
+        "--jail",
+        choices=["require", "degrade"],
+        default="degrade",
+        help="where the kernel lacks a part of the jail of workers and fetchers (Landlock, seccomp): refuse to serve, or "
+        "serve and say so (default degrade)",
+    )
+    group.add_argument(
+        "--child-memory-mib",
+        type=int,
+        default=1024,
+        metavar="MIB",
+        help="private memory of one worker or fetcher; one that needs more ends alone (default 1024, 0: no limit)",
+    )
+    group.add_argument(
         "--spares", type=int, default=1, metavar="N", help="workers and fetchers started ahead (default 1)"
     )
 
@@ -126,6 +148,8 @@ def flags_of(args: argparse.Namespace) -> list[str]:
         f"--access-life={args.access_life}",
         f"--read-ahead-kb={args.read_ahead_kb}",
         f"--fuse-backend={args.fuse_backend}",
+        f"--jail={args.jail}",
+        f"--child-memory-mib={args.child_memory_mib}",
         f"--spares={args.spares}",
         f"--cache-limit={args.cache_limit}",
         f"--cache-min-free={args.cache_min_free}",
@@ -142,6 +166,7 @@ def run(args: argparse.Namespace) -> int:
     import asyncio
 
     from csi.fuse.handshake import BackendName
+    from csi.jail.privileges import keep_only, no_new_privileges
     from csi.supervisor.main import serve
     from csi.supervisor.settings import SupervisorSettings
 
@@ -149,6 +174,9 @@ def run(args: argparse.Namespace) -> int:
     if bool(args.credential_provider_config) != bool(args.credential_provider_bin_dir):
         raise InvalidVolumeError("--credential-provider-config and --credential-provider-bin-dir go together")
     is_root = os.geteuid() == 0
+    if is_root:
+        keep_only(_CAPABILITIES)
+        no_new_privileges()
     settings = SupervisorSettings(
         state_dir=args.state_dir,
         data_dir=args.data_dir,
@@ -165,6 +193,8 @@ def run(args: argparse.Namespace) -> int:
         read_deadline_s=args.read_deadline,
         access_life_s=args.access_life * 3600,
         spares=args.spares,
+        jail=args.jail,
+        child_memory_mib=args.child_memory_mib,
         worker_uid=WORKER_UID if is_root else None,
         fetcher_uid=FETCHER_UID if is_root else None,
         child_gid=CHILD_GID if is_root else None,

@@ -46,6 +46,7 @@ from csi.fetcher.engine import EngineSettings, FetchEngine
 from csi.fetcher.index_source import has_index, load_index
 from csi.fetcher.possession import prove_possession
 from csi.integrity.index import BlobHashes, BlockIndex
+from csi.jail.confinement import Level, Role, narrow_to
 from csi.oci.digest import Digest
 from csi.oci.manifest import parse_manifest
 from csi.oci.reference import Reference
@@ -71,8 +72,9 @@ _RING_SLOTS = 16
 class Fetcher:
     """The process's state. The main thread reads sockets; `resolve` and the engine have threads of their own."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, jail: Level) -> None:
         self._control = control
+        self._jail = jail
         self._send_lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
@@ -113,14 +115,14 @@ class Fetcher:
         try:
             match request.get("op"):
                 case "ping":
-                    self._reply(wire.ok(request, pid=os.getpid()))
+                    self._reply(wire.ok(request, pid=os.getpid(), jail=self._jail.as_fields()))
                 case "resolve":
                     # In a thread: a registry that does not answer must not keep credentials or stats waiting.
                     threading.Thread(target=self._resolve, args=(request, fds), daemon=True, name="resolve").start()
                 case "start":
                     layers_fd = self._start(request, fds)
                     try:
-                        self._reply(wire.ok(request), [layers_fd])
+                        self._reply(wire.ok(request, **self._jail.as_fields()), [layers_fd])
                     finally:
                         os.close(layers_fd)
                 case "build":
@@ -201,6 +203,7 @@ class Fetcher:
             wire.close_all(fds)
             raise ControlError("fetcher: start needs the cache area, once")
         self._area_fd = fds[0]
+        narrow_to(Role.FETCHER, self._area_fd)  # before the engine's threads start, which inherit it
         self._engine_settings = EngineSettings(
             threads=wire.field(request, "threads", int), fill=wire.field(request, "fill", bool)
         )
@@ -499,14 +502,10 @@ class Fetcher:
                 log.warning("supervisor not reachable: %s", exc)
 
 
-def run(control_fd: int) -> int:
-    """The process. Returns the exit status."""
+def run(control_fd: int, jail: Level) -> int:
+    """The process, in its jail. Returns the exit status."""
     os.umask(0o002)  # the store's group may link and remove
-    Fetcher(socket.socket(fileno=control_fd)).run()
+    Fetcher(socket.socket(fileno=control_fd), jail).run()
     # Threads may be in a read that stalls; nothing they hold needs an orderly end.
     sys.stderr.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    sys.exit(run(int(sys.argv[1])))

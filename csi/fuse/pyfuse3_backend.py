@@ -49,6 +49,8 @@ def _guard(handler: Callable[_P, Awaitable[_R]]) -> Callable[_P, Coroutine[Any, 
         except ModelMountError as exc:
             log.error("%s failed: %s", handler.__name__, exc)
             raise pyfuse3.FUSEError(read_errno(exc)) from None
+        except MemoryError:
+            raise  # the limit of this process: it ends, and its successor answers
         except Exception:
             log.exception("%s failed by a bug", handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from None

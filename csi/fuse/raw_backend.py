@@ -163,6 +163,8 @@ class RawBackend:
                 self._reply(slot, unique, answer(nodeid, request[wire.IN_HEADER.size :]))
         except NoSuchEntryError as exc:
             self._reply(slot, unique, b"", exc.errno)
+        except MemoryError:
+            raise  # the limit of this process: it ends, and its successor answers
         except Exception:
             log.exception("request %d failed by a bug", opcode)
             self._reply(slot, unique, b"", errno.EIO)
@@ -177,6 +179,8 @@ class RawBackend:
         except ModelMountError as exc:
             log.error("read failed: %s", exc)
             error = read_errno(exc)
+        except MemoryError:
+            raise
         except Exception:
             log.exception("read failed by a bug")
             error = errno.EIO

@@ -7,10 +7,14 @@ Source: credentials(7), prctl(2) PR_SET_NO_NEW_PRIVS.
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
 import os
 import resource
 import signal
+import struct
+from collections.abc import Collection
+from enum import IntEnum
 
 # What the standard library imports only when it is first needed: codecs by name, and what prints a traceback.
 _IMPORTED_LATE = (
@@ -25,7 +29,24 @@ _IMPORTED_LATE = (
     "unicodedata",
 )
 
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
+_PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 4
+_CAPABILITY_VERSION_3 = 0x20080522
+_LAST_CAPABILITY = 63
+
+
+class Capability(IntEnum):
+    """Those we name. Source: linux include/uapi/linux/capability.h."""
+
+    CHOWN = 0
+    DAC_OVERRIDE = 1
+    FOWNER = 3
+    FSETID = 4
+    KILL = 5
+    SETGID = 6
+    SETUID = 7
+
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -50,10 +71,50 @@ def become(uid: int, gid: int) -> None:
     os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)  # from 0 to another uid: the kernel drops every capability
-    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
+    no_new_privileges()
     try:
         os.setuid(0)
     except PermissionError:
         return
     raise PermissionError("privileges could be had back after dropping them")
+
+
+def no_new_privileges() -> None:
+    """No program that is ever executed from here gives more rights. Raises: OSError."""
+    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
+
+
+def undumpable() -> None:
+    """No core, and no process of the same user may look into this one."""
+    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def keep_only(capabilities: Collection[Capability]) -> None:
+    """Drop every other capability, for this process and all it starts: effective, permitted, inheritable, ambient, and
+    the bounding set, so that a program executed as root does not get them back.
+
+    Raises: OSError.
+    """
+    for number in range(_LAST_CAPABILITY + 1):
+        if number not in capabilities and _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0):
+            if ctypes.get_errno() == errno.EINVAL:
+                break  # the kernel's last one was before it
+            if ctypes.get_errno() != errno.EPERM:
+                raise OSError(ctypes.get_errno(), "prctl(PR_CAPBSET_DROP)")
+            break  # no CAP_SETPCAP: the container's bounding set stays as it is
+    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    held = _held_capabilities()
+    kept = sum(1 << number for number in capabilities) & held
+    header = struct.pack("<Ii", _CAPABILITY_VERSION_3, 0)
+    low, high = kept & 0xFFFFFFFF, kept >> 32
+    if _libc.capset(header, struct.pack("<6I", low, low, 0, high, high, 0)):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def _held_capabilities() -> int:
+    data = ctypes.create_string_buffer(24)
+    if _libc.capget(struct.pack("<Ii", _CAPABILITY_VERSION_3, 0), data):
+        raise OSError(ctypes.get_errno(), "capget")
+    words = struct.unpack("<6I", data.raw)
+    return int(words[1] | words[4] << 32)

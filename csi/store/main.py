@@ -25,6 +25,7 @@ from typing import Any
 
 from csi.control import wire
 from csi.errors import CacheError, ControlError, DigestMismatchError, ModelMountError, to_wire
+from csi.jail.confinement import Level
 from csi.oci.digest import Digest
 from csi.store.eviction import Entry, Kind, Limits, evict_for, room
 from csi.store.shelf import Shelf, parse_blobs
@@ -38,8 +39,9 @@ _MAX_LIST_BYTES = 16 * 1024 * 1024
 class Store:
     """The process's state."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, jail: Level) -> None:
         self._control = control
+        self._jail = jail
         self._send_lock = threading.Lock()
         self._shelf: Shelf | None = None
         self._limits = Limits()
@@ -69,7 +71,7 @@ class Store:
         match request.get("op"):
             case "ping":
                 wire.close_all(fds)
-                return {"pid": os.getpid()}
+                return {"pid": os.getpid(), "jail": self._jail.as_fields()}
             case "start":
                 self._shelf = Shelf(wire.exactly(fds, 1)[0])
                 self._limits = Limits(
@@ -262,13 +264,9 @@ def _origins(request: wire.Message) -> list[str]:
     return [str(origin) for origin in wire.field(request, "origins", list)]
 
 
-def run(control_fd: int) -> int:
-    """The process. Returns the exit status."""
+def run(control_fd: int, jail: Level) -> int:
+    """The process, in its jail. Returns the exit status."""
     os.umask(0o022)
-    Store(socket.socket(fileno=control_fd)).run()
+    Store(socket.socket(fileno=control_fd), jail).run()
     sys.stderr.flush()
     os._exit(0)  # the worker thread may be copying; what it leaves half done is removed at the next start
-
-
-if __name__ == "__main__":
-    sys.exit(run(int(sys.argv[1])))

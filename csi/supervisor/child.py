@@ -21,11 +21,14 @@ _STOP_GRACE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A kind of child: `name` is its sub-command; uid and gid None keep ours (a supervisor that is not root)."""
+    """A kind of child: `name` is its sub-command, `flags` go with it; uid and gid None keep ours (a supervisor that is
+    not root).
+    """
 
     name: str
     uid: int | None
     gid: int | None
+    flags: tuple[str, ...] = ()
 
 
 class Child:
@@ -47,6 +50,7 @@ class Child:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         identity = [] if role.uid is None else ["--uid", str(role.uid), "--gid", str(role.gid)]
+        identity += role.flags
         command = [sys.executable, "-m", "csi.cli.main", role.name, "--control-fd", str(theirs.fileno()), *identity]
         try:
             process = await asyncio.create_subprocess_exec(

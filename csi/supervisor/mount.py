@@ -94,6 +94,7 @@ class Mount:
         self.summary: dict[str, int] = {}
         self.events: deque[dict[str, Any]] = deque(maxlen=64)
         self.dead = False
+        self.jail: dict[str, dict[str, Any]] = {}
         self.worker_restarts = 0
         self.fetcher_restarts = 0
         self._keeper, self._pool, self._store, self._settings = keeper, pool, store, settings
@@ -263,6 +264,7 @@ class Mount:
             "can_resend": self.kept.can_resend if self.kept else None,
             "init_set_version": self.kept.init_set_version if self.kept else None,
             "backend": self.kept.backend if self.kept else None,
+            "jail": self.jail,
             "dead": self.dead,
             "preparing": None if self.kept is not None else self._build.not_ready().message,
             "variant_digest": self._build.chosen,
@@ -330,7 +332,7 @@ class Mount:
         fds = [self._area_fd] if self._layout_fd < 0 else [self._area_fd, self._layout_fd]
         fetcher.on_notification = self._on_notification
         await self._send_hosts(fetcher, sources)
-        _, layers_fds = await fetcher.call(
+        self.jail["fetcher"], layers_fds = await fetcher.call(
             "start",
             _SERVE_TIMEOUT_S,
             fds,
@@ -425,7 +427,7 @@ class Mount:
         worker.on_notification = self._on_notification
         channel = await self._channel_to_fetcher()
         try:
-            await worker.call(
+            self.jail["worker"], _ = await worker.call(
                 "serve",
                 _SERVE_TIMEOUT_S,
                 [self._fuse_fd, self._table_fd, self._tree_fd, self._area_fd, channel.fileno()],

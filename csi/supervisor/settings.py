@@ -38,6 +38,10 @@ class SupervisorSettings:
     access_life_s: float = 24 * 3600.0
     """How long a caller that could read a model may have it while its registry cannot be asked."""
     spares: int = 1
+    jail: str = "degrade"
+    """What a child does where the kernel lacks a part of its jail: `require` (refuse to serve) or `degrade`."""
+    child_memory_mib: int = 1024
+    """Private memory of one worker or fetcher; idle they have 20, and each thread counts with its stack of 8."""
     worker_uid: int | None = None
     fetcher_uid: int | None = None
     child_gid: int | None = None
@@ -48,6 +52,11 @@ class SupervisorSettings:
     cache_min_free: float = 0.16
     """Of the file system, above the 15 % at which kubelet begins to evict pods."""
     allowed_uids: frozenset[int] = frozenset({0})
+
+    def jail_flags(self, *read_dirs: str) -> tuple[str, ...]:
+        """What a child is told of its jail at its start."""
+        flags = (f"--data-dir={self.data_dir}", f"--jail={self.jail}", f"--memory-mib={self.child_memory_mib}")
+        return flags + tuple(f"--read-dir={path}" for path in read_dirs)
 
     def tree_path(self, mount_id: str) -> str:
         """Where the serialised tree of a live mount lies."""

@@ -67,7 +67,9 @@ class StoreLink:
         return self._child.pid if self._child is not None else None
 
     async def _spawn(self) -> None:
-        child = await Child.spawn(Role("store", self._settings.store_uid, self._settings.store_gid))
+        child = await Child.spawn(
+            Role("store", self._settings.store_uid, self._settings.store_gid, self._settings.jail_flags())
+        )
         child.on_notification = self._on_message
         domain_fd = os.open(self._settings.domain_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

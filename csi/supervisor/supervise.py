@@ -58,8 +58,8 @@ class Supervisor:
         self._keeper = KeptMounts(settings.state_dir)
         self._pool = ChildPool(
             [
-                Role("worker", settings.worker_uid, settings.child_gid),
-                Role("fetcher", settings.fetcher_uid, settings.child_gid),
+                Role("worker", settings.worker_uid, settings.child_gid, settings.jail_flags()),
+                Role("fetcher", settings.fetcher_uid, settings.child_gid, settings.jail_flags(*settings.layout_roots)),
             ],
             settings.spares,
         )

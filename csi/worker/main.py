@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,6 +33,7 @@ from csi.fuse.handshake import BackendName
 from csi.fuse.port import Backend, Connection, ContentReader, Namespace
 from csi.fuse.pyfuse3_backend import Pyfuse3Backend
 from csi.fuse.raw_backend import RawBackend
+from csi.jail.confinement import Level, Role, narrow_to
 from csi.oci.view import View
 from csi.stream.scheduler import Priority
 from csi.tree.file_format import Tree
@@ -59,9 +59,10 @@ _BACKENDS: dict[BackendName, Callable[[Namespace, ContentReader], Backend]] = {
 class Worker:
     """The state machine behind the control socket. Runs in one trio task tree."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, jail: Level) -> None:
         control.setblocking(False)
         self._control = control
+        self._jail = jail
         self._nursery: trio.Nursery | None = None
         self._backend: Backend | None = None
         self._reader: CachedReader | None = None
@@ -103,7 +104,7 @@ class Worker:
     def _handle(self, request: wire.Message, fds: list[int]) -> None:
         match request.get("op"):
             case "ping":
-                self._reply(wire.ok(request, pid=os.getpid()))
+                self._reply(wire.ok(request, pid=os.getpid(), jail=self._jail.as_fields()))
             case "build":
                 self._start_build(request, fds)
             case "built":
@@ -193,6 +194,7 @@ class Worker:
         deadline_s = float(request.get("read_deadline_s", 120.0))
         if os.fstat(tree_fd).st_size > _MAX_TREE_BYTES:
             raise ModelMountError("the tree file is larger than 1 GiB")
+        narrow_to(Role.WORKER, area_fd)
         tree = self._tree = Tree.from_fd(tree_fd)
         os.close(tree_fd)
         reader = self._reader = CachedReader(tree, area_fd, self, deadline_s)
@@ -203,7 +205,10 @@ class Worker:
         assert self._nursery is not None
         self._nursery.start_soon(recheck_headers, tree, area_fd, self._distrust)
         self._nursery.start_soon(
-            self._serve_connection, backend, Connection(fuse_fd, init, table_fd), lambda: self._reply(wire.ok(request))
+            self._serve_connection,
+            backend,
+            Connection(fuse_fd, init, table_fd),
+            lambda: self._reply(wire.ok(request, **self._jail.as_fields())),
         )
 
     async def _serve_connection(self, backend: Backend, connection: Connection, on_serving: Any) -> None:
@@ -322,11 +327,7 @@ def _report(build: Build) -> dict[str, Any]:
     }
 
 
-def run(control_fd: int) -> int:
-    """The process. Returns the exit status."""
-    trio.run(Worker(socket.socket(fileno=control_fd)).run)
+def run(control_fd: int, jail: Level) -> int:
+    """The process, in its jail. Returns the exit status."""
+    trio.run(Worker(socket.socket(fileno=control_fd), jail).run)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run(int(sys.argv[1])))

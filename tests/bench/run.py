@@ -18,12 +18,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "deploy" / "demo")]
 
+from bench import backends  # noqa: E402
+from bench.backends import cat, drop, timed  # noqa: E402
 from registry_process import RegistryProcess, find_or_install_registry  # noqa: E402
 from support.node_process import COMMAND, NodeProcess, children_of  # noqa: E402
 
@@ -51,18 +52,6 @@ def touch_memory(size_bytes: int) -> None:
     """Make the machine give us `size_bytes` once, in a process of its own, so that they are free again after it."""
     code = f"import mmap; mmap.mmap(-1, {size_bytes}, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds."""
-    started = time.monotonic()
-    work()
-    return time.monotonic() - started
-
-
-def cat(*paths: Path) -> None:
-    """Read files to their end."""
-    subprocess.run(["cat", *map(str, paths)], stdout=subprocess.DEVNULL, check=True)
 
 
 def curl_into_one_file(url: str, size: int, path: Path) -> None:
@@ -102,13 +91,6 @@ def push_random_model(registry: RegistryProcess, directory: Path, size: int) -> 
     return pushed.stdout.strip(), f"http://{registry.host}/v2/bench/model/blobs/sha256:{digest}"
 
 
-def drop_from_page_cache(path: Path) -> None:
-    """The FUSE pages of one file; the cache file's pages stay."""
-    fd = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
-
-
 def resident_kib(pid: int) -> tuple[int, int]:
     """Rss and Pss."""
     found = {}
@@ -138,6 +120,7 @@ def measure(directory: Path, tools: Path, size: int, rounds: int) -> list[Row]:
     warm: list[float] = []
     plain: list[float] = []
     sizes: dict[str, tuple[int, int]] = {}
+    of_backends: list[tuple[str, float, str]] = []
     try:
         print(f"pushing a model of {size / _GIB:.1f} GiB", flush=True)
         reference, url = push_random_model(registry, directory / "source", size)
@@ -156,7 +139,7 @@ def measure(directory: Path, tools: Path, size: int, rounds: int) -> list[Row]:
                 first_bytes.append(time.monotonic() - started)
                 cat(weights)
                 cold.append(time.monotonic() - published)
-                drop_from_page_cache(weights)
+                drop(weights)
                 warm.append(timed(functools.partial(cat, weights)))
                 segments = sorted((node.data_dir / "cache").rglob("seg-*"))
                 plain.append(timed(functools.partial(cat, *segments)))
@@ -170,6 +153,8 @@ def measure(directory: Path, tools: Path, size: int, rounds: int) -> list[Row]:
             baseline.append(timed(lambda: curl_into_one_file(url, size, directory / "baseline")))
             os.unlink(directory / "baseline")
             print(f"round {number + 1}: cold {cold[-1]:.2f} s, curl and cat {baseline[-1]:.2f} s", flush=True)
+        print("the two FUSE backends", flush=True)
+        of_backends = backends.measure(directory, reference, size, rounds)
     finally:
         registry.stop()
     gib = size / _GIB
@@ -183,6 +168,7 @@ def measure(directory: Path, tools: Path, size: int, rounds: int) -> list[Row]:
         Row.against("second read, FUSE pages dropped / cat of the cache", statistics.median(warm_ratios), "ratio", 4.0),
         Row("second read, FUSE pages dropped", round(gib / statistics.median(warm), 2), "GiB/s"),
     ]
+    rows += [Row(*row) for row in of_backends]
     for name, (rss, pss) in sizes.items():
         rows.append(Row(f"RSS {name}", round(rss / 1024, 1), "MiB"))
         rows.append(Row(f"Pss {name}", round(pss / 1024, 1), "MiB"))

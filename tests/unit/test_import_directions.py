@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "tree": {"oci"},
     "stream": {"oci"},
     "integrity": {"stream", "oci", "wire"},
-    "store": {"cache", "control", "integrity", "stream", "oci"},
+    "store": {"jail", "cache", "control", "integrity", "stream", "oci"},
     "control": {"oci"},
     "observe": set(),
     "jail": set(),
@@ -25,8 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "cache": {"stream", "oci"},
     "fuse": {"tree", "stream", "oci"},
     "keeper": {"fuse", "control", "jail"},
-    "fetcher": {"registry", "cache", "control", "integrity", "tree", "stream", "oci"},
-    "worker": {"fuse", "cache", "control", "tree", "stream", "oci"},
+    "fetcher": {"jail", "registry", "cache", "control", "integrity", "tree", "stream", "oci"},
+    "worker": {"jail", "fuse", "cache", "control", "tree", "stream", "oci"},
     "keychain": set(),
     "supervisor": {"cache", "control", "fuse", "keychain", "oci"},
     "kube": set(),
@@ -63,7 +63,7 @@ ONLY_IN: dict[str, set[str]] = {
     "http": {"registry"},
     "kubernetes": {"kube", "cli"},
     "urllib3": {"registry", "kube"},
-    "ssl": {"registry"},
+    "ssl": {"registry", "jail"},
 }
 
 # These run where nothing but the standard library may be trusted to be there, or to be small.
