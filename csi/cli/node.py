@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import socket
 from typing import Any
 
 from csi.cli import supervisor
 from csi.driver.sockets import endpoint_path, registration_paths
-from csi.errors import InvalidVolumeError
+from csi.driver.token_login import parse_token_logins
+from csi.errors import ControlError, InvalidVolumeError
 from csi.observe import logs
+from csi.pods import Events
+
+log = logging.getLogger(__name__)
 
 _PLUGINS_REGISTRY = "/var/lib/kubelet/plugins_registry"
 
@@ -52,6 +57,19 @@ def add_parser(subparsers: Any) -> None:
         choices=["shared", "isolated"],
         help="who shares the cache and the mounts: all pods that may pull a model (default), or those of one namespace",
     )
+    parser.add_argument(
+        "--token-login",
+        action="append",
+        default=[],
+        metavar="REGISTRY=METHOD",
+        help="log in to this registry with the pod's service-account token (tokenRequests of the CSIDriver object): METHOD is "
+        "'identity' (its token service exchanges it), 'bearer' (it takes the token itself), or 'basic:USER'; may be repeated",
+    )
+    events = parser.add_mutually_exclusive_group()
+    events.add_argument(
+        "--no-events", action="store_true", help="post no Kubernetes events (default: in a cluster, post)"
+    )
+    events.add_argument("--kubeconfig", metavar="FILE", help="the cluster to post events to, when not running in a pod")
     parser.add_argument("--all-in-one", action="store_true", help="run keeper and supervisor as children")
     parser.add_argument(
         "--target-root", action="append", metavar="DIR", help="with --all-in-one: see 'modelmount keeper --help'"
@@ -85,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidVolumeError("no CSI endpoint: give --endpoint unix:///path.sock or set CSI_ENDPOINT")
     if args.registration_dir is None and not args.no_registration and os.path.isdir(_PLUGINS_REGISTRY):
         args.registration_dir = _PLUGINS_REGISTRY
+    token_logins = parse_token_logins(args.token_login)
     # Said here, before anything runs: a tree of processes would start the node again and again.
     endpoint_path(args.endpoint)
     if args.registration_dir is not None:
@@ -126,10 +145,28 @@ def run(args: argparse.Namespace) -> int:
                 registration_dir=args.registration_dir,
                 kubelet_endpoint=args.kubelet_endpoint,
                 sharing=Sharing(args.sharing),
+                token_logins=token_logins,
                 metrics_address=args.metrics_address,
             ),
             provisioner,
             remove_startup_taint,
+            _events(args),
         )
     )
     return 0
+
+
+def _events(args: argparse.Namespace) -> Events | None:
+    """Where to post events. The client library is loaded only where there is a cluster."""
+    if args.no_events or not (args.kubeconfig or os.environ.get("KUBERNETES_SERVICE_HOST")):
+        return None
+    from csi.kube.api import connect
+    from csi.kube.events import KubeEvents
+
+    try:
+        return KubeEvents(connect(args.kubeconfig), args.node_id)
+    except ControlError as exc:
+        if args.kubeconfig:
+            raise
+        log.info("no Kubernetes events: %s", exc)  # a pod without a service account's token
+        return None

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from csi.control.supervisor import SupervisorClient, cached_bytes
 from csi.errors import ControlError, InvalidVolumeError
 
 _WATCH_EVERY_S = 1.0
@@ -32,8 +33,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the mounts, once or again and again."""
-    from csi.control.supervisor import SupervisorClient
-
     client = SupervisorClient(args.state_dir)
     if args.watch:
         if args.output != "text" or not sys.stdout.isatty():
@@ -69,13 +68,7 @@ def _watch(ask: Callable[[], list[dict[str, Any]]]) -> int:
 def progress_of(mount: dict[str, Any]) -> tuple[int, int, str]:
     """Bytes in the cache (whole blocks), bytes of all blobs, and how far their verification is."""
     blobs = mount["progress"].get("blobs", [])
-    total = sum(blob["size_bytes"] for blob in blobs)
-    present = sum(
-        blob["size_bytes"]
-        if blob["present_blocks"] == blob["blocks"]
-        else blob["size_bytes"] * blob["present_blocks"] // max(1, blob["blocks"])
-        for blob in blobs
-    )
+    present, total = cached_bytes(mount)
     states = {blob["state"] for blob in blobs}
     if "poisoned" in states:
         return present, total, "WRONG BYTES: reads fail"

@@ -11,13 +11,8 @@ from csi.jail.privileges import Capability
 from csi.observe import logs
 from csi.quantity import parse_size
 
-# To start children as other users and to end them; the rest to give the cache's directories to the users they belong to.
-_CAPABILITIES = frozenset(
-    {
-        *(Capability.SETUID, Capability.SETGID, Capability.KILL),
-        *(Capability.CHOWN, Capability.DAC_OVERRIDE, Capability.FOWNER, Capability.FSETID),
-    }
-)
+# To start children as other users and to end them; CHOWN to give the cache's directories to the users they belong to.
+_CAPABILITIES = frozenset({Capability.SETUID, Capability.SETGID, Capability.KILL, Capability.CHOWN})
 _NODE_FILES = (
     "registry_config_dir", "node_registry_config", "credential_provider_config", "credential_provider_bin_dir",
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,24 @@ class SupervisorClient:
         reply, fds = endpoint.call(self._path, op, timeout_s, (), **fields)
         wire.close_all(fds)
         return reply
+
+
+def cached_bytes(mount: Mapping[str, Any]) -> tuple[int, int]:
+    """Of a mount's status: bytes in the cache (whole blocks), bytes of all blobs."""
+    blobs = mount["progress"].get("blobs", [])
+    present = sum(
+        blob["size_bytes"]
+        if blob["present_blocks"] == blob["blocks"]
+        else blob["size_bytes"] * blob["present_blocks"] // max(1, blob["blocks"])
+        for blob in blobs
+    )
+    return present, sum(blob["size_bytes"] for blob in blobs)
+
+
+def is_verified(mount: Mapping[str, Any]) -> bool:
+    """Of a mount's status: every blob is here and has its digest."""
+    blobs = mount["progress"].get("blobs", [])
+    return bool(blobs) and all(blob["state"] == "verified" for blob in blobs)
 
 
 def _leased(fields: dict[str, Any]) -> LeasedMount:

@@ -7,26 +7,47 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import grpc
 
+from csi.credentials import united
+from csi.driver.announcer import Announcer
 from csi.driver.capabilities import check_capability, described
 from csi.driver.credentials import candidates, keyring_of
 from csi.driver.handlers import ToTheEnd, required_id, required_path, rpc
 from csi.driver.publisher import Publisher, PublishRequest
-from csi.errors import InvalidVolumeError, VolumeNotFoundError
+from csi.driver.token_login import TokenLogin, service_account_of, token_credentials
+from csi.errors import InvalidVolumeError, ModelMountError, VolumeNotFoundError
+from csi.pods import pod_of
 from csi.volume import SHARED_DOMAIN, Sharing, isolated_domain, parse_attributes
 from csi.wire import csi_pb2, csi_pb2_grpc
 
 _POD_NAMESPACE = "csi.storage.k8s.io/pod.namespace"
 
 
+@dataclass(frozen=True, slots=True)
+class NodePolicy:
+    """What an administrator has set for this node. `token_logins` by registry."""
+
+    sharing: Sharing = Sharing.SHARED
+    token_logins: Mapping[str, TokenLogin] = field(default_factory=dict)
+
+
 class NodeService(csi_pb2_grpc.NodeServicer):
     """Stage and expand RPCs are not offered: the generated base class answers UNIMPLEMENTED."""
 
-    def __init__(self, node_id: str, publisher: Publisher, sharing: Sharing = Sharing.SHARED) -> None:
+    def __init__(
+        self,
+        node_id: str,
+        publisher: Publisher,
+        policy: NodePolicy = NodePolicy(),
+        announcer: Announcer | None = None,
+    ) -> None:
+        self._announcer = announcer
         self._node_id = node_id
-        self._sharing = sharing
+        self._policy = policy
         self._publisher = publisher
         self._work = ToTheEnd()
 
@@ -34,7 +55,12 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     async def NodePublishVolume(
         self, request: csi_pb2.NodePublishVolumeRequest, context: grpc.aio.ServicerContext
     ) -> csi_pb2.NodePublishVolumeResponse:
-        await self._work.run(self._publisher.publish(parse_publish(request, self._sharing)))
+        try:
+            await self._work.run(self._publisher.publish(parse_publish(request, self._policy)))
+        except ModelMountError as exc:
+            if self._announcer is not None:
+                await self._announcer.refused(pod_of(request.volume_context), exc)
+            raise
         return csi_pb2.NodePublishVolumeResponse()
 
     @rpc
@@ -130,7 +156,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         return csi_pb2.NodeGetInfoResponse(node_id=self._node_id)
 
 
-def parse_publish(request: csi_pb2.NodePublishVolumeRequest, sharing: Sharing = Sharing.SHARED) -> PublishRequest:
+def parse_publish(request: csi_pb2.NodePublishVolumeRequest, policy: NodePolicy) -> PublishRequest:
     """Raises: InvalidVolumeError naming the field."""
     volume_id = required_id(request.volume_id, "volume_id")
     target_path = required_path(request.target_path, "target_path")
@@ -138,13 +164,18 @@ def parse_publish(request: csi_pb2.NodePublishVolumeRequest, sharing: Sharing = 
         raise InvalidVolumeError("volume_capability is missing", field="volume_capability")
     check_capability(request.volume_capability)
     attributes = parse_attributes(request.volume_context)
+    by_secret = candidates(keyring_of(request.secrets), attributes.reference)
+    by_token = token_credentials(request.secrets, request.volume_context, attributes.reference, policy.token_logins)
     return PublishRequest(
         volume_id=volume_id,
         target_path=target_path,
         attributes=attributes,
         arguments=_fingerprint(request),
-        credentials=candidates(keyring_of(request.secrets), attributes.reference),
-        domain=_domain(request, sharing),
+        credentials=united(by_secret, by_token),
+        domain=_domain(request, policy.sharing),
+        # Vouched for by kubelet only when nothing but its token opened the door.
+        service_account=service_account_of(request.volume_context) if by_token and not by_secret else "",
+        pod=pod_of(request.volume_context),
     )
 
 

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from csi import mountinfo
 from csi.control.keeper import KeeperClient
@@ -24,6 +25,7 @@ from csi.driver.health import Trouble, node_troubles, supervisor_unreachable, tr
 from csi.driver.locks import NamedLocks
 from csi.driver.records import Pins, Publication, Publications
 from csi.errors import ControlError, ModelMountError, VolumeConflictError
+from csi.pods import Pod
 from csi.volume import SHARED_DOMAIN, VolumeAttributes
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class PublishRequest:
     credentials: Credentials = field(default=(), repr=False)
     domain: str = SHARED_DOMAIN
     service_account: str = ""
+    pod: Pod | None = None
 
 
 class Publisher:
@@ -112,6 +115,14 @@ class Publisher:
         """The publication of that volume at that path, from memory."""
         found = self._publications.get(target_path)
         return found if found is not None and found.volume_id == volume_id else None
+
+    def all(self) -> list[Publication]:
+        """Everything that is published, from memory."""
+        return self._publications.all()
+
+    async def mounts(self) -> list[dict[str, Any]]:
+        """The supervisor's status of every mount. Raises: ControlError."""
+        return await asyncio.to_thread(self._supervisor.status)
 
     def of_volume(self, volume_id: str) -> list[Publication]:
         """Where that volume is published, from memory."""
@@ -184,6 +195,7 @@ class Publisher:
             total_bytes=mount.total_bytes,
             files=mount.files,
             boot_id=self._boot_id,
+            pod=request.pod,
         )
         self._pins.put(request.volume_id, mount.digest)
         self._publications.put(publication)

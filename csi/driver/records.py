@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from csi.oci.digest import Digest
+from csi.pods import Pod
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class Publication:
     total_bytes: int
     files: int
     boot_id: str
+    pod: Pod | None = None
+    """Whom it is published for, where kubelet says."""
 
 
 class Publications:
@@ -53,7 +56,8 @@ class Publications:
             if record is None or record.get("boot_id") != boot_id:  # the mounts of another boot are gone
                 os.unlink(path)
                 continue
-            publication = Publication(**record)
+            pod = record.pop("pod", None)
+            publication = Publication(**record, pod=Pod(**pod) if pod else None)
             self._by_target[publication.target_path] = publication
 
     def get(self, target_path: str) -> Publication | None:

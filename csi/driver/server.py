@@ -7,25 +7,28 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import grpc
 
 from csi.boot import this_boot
 from csi.control.keeper import KeeperClient
 from csi.control.supervisor import SupervisorClient
+from csi.driver.announcer import Announcer
 from csi.driver.controller import ControllerService
 from csi.driver.dependencies import KeeperWatch
 from csi.driver.exporter import Exporter, NodeCollector
 from csi.driver.identity import IdentityService
-from csi.driver.node import NodeService
+from csi.driver.node import NodePolicy, NodeService
 from csi.driver.provisioner import Provisioner
 from csi.driver.publisher import Publisher
 from csi.driver.records import Pins, Publications
 from csi.driver.registration import Registration
 from csi.driver.sockets import clear_socket, endpoint_path
+from csi.driver.token_login import TokenLogin
 from csi.errors import ControlError
+from csi.pods import Events
 from csi.volume import Sharing
 from csi.wire import csi_pb2_grpc
 
@@ -50,6 +53,7 @@ class NodeSettings:
     registration_dir: str | None = None
     kubelet_endpoint: str | None = None
     sharing: Sharing = Sharing.SHARED
+    token_logins: Mapping[str, TokenLogin] = field(default_factory=dict)
     metrics_address: str | None = None
     """`host:port` for Prometheus and kubelet's probe; None for no endpoint."""
 
@@ -70,14 +74,17 @@ async def serve(
     settings: NodeSettings,
     provisioner: Provisioner | None = None,
     remove_startup_taint: Callable[[], bool] | None = None,
+    events: Events | None = None,
 ) -> None:
     """Serve Identity and Node, and Controller where there is a provisioner, until SIGTERM or SIGINT. Publications stay.
 
-    `remove_startup_taint` is called, in a thread, until it says that the node has none.
+    `remove_startup_taint` is called, in a thread, until it says that the node has none. `events` None: outside a
+    cluster.
     """
     path = endpoint_path(settings.endpoint)
     clear_socket(path)
     publisher = open_publisher(settings.state_dir, settings.data_dir)
+    announcer = Announcer(events, publisher) if events is not None else None
     recovered = asyncio.Event()
     server = grpc.aio.server()
     keeper = KeeperWatch(KeeperClient(settings.state_dir).ping)
@@ -85,7 +92,9 @@ async def serve(
         settings.version, recovered.is_set, lambda: keeper.problem, with_controller=provisioner is not None
     )
     csi_pb2_grpc.add_IdentityServicer_to_server(identity, server)
-    csi_pb2_grpc.add_NodeServicer_to_server(NodeService(settings.node_id, publisher, settings.sharing), server)
+    csi_pb2_grpc.add_NodeServicer_to_server(
+        NodeService(settings.node_id, publisher, NodePolicy(settings.sharing, settings.token_logins), announcer), server
+    )
     if provisioner is not None:
         csi_pb2_grpc.add_ControllerServicer_to_server(ControllerService(provisioner), server)
     await _listen(server, path)
@@ -102,6 +111,8 @@ async def serve(
     background = [asyncio.create_task(_recover(publisher, recovered)), asyncio.create_task(keeper.run())]
     if remove_startup_taint is not None:
         background.append(asyncio.create_task(_until_taint_is_gone(remove_startup_taint)))
+    if announcer is not None:
+        background.append(asyncio.create_task(announcer.run()))
     try:
         await _told_to_stop()
     finally:

@@ -39,9 +39,6 @@ class Capability(IntEnum):
     """Those we name. Source: linux include/uapi/linux/capability.h."""
 
     CHOWN = 0
-    DAC_OVERRIDE = 1
-    FOWNER = 3
-    FSETID = 4
     KILL = 5
     SETGID = 6
     SETUID = 7

@@ -36,6 +36,7 @@ from csi.supervisor.build import BuildPhase, SentManifest
 from csi.supervisor.child import Child, ChildPool
 from csi.supervisor.hosts import read_hosts
 from csi.supervisor.kept import KeptMounts
+from csi.supervisor.ownership import give
 from csi.supervisor.settings import SupervisorSettings
 from csi.supervisor.store_link import StoreLink
 from csi.volume import SHARED_DOMAIN, MountKey, Prefetch, Verify
@@ -652,9 +653,7 @@ def _open_area(path: str, settings: SupervisorSettings) -> int:
     """
     while True:
         os.makedirs(path, mode=0o755, exist_ok=True)
-        if settings.fetcher_uid is not None and settings.store_gid is not None:
-            os.chown(path, settings.fetcher_uid, settings.store_gid)
-        os.chmod(path, 0o2775)  # noqa: S103 - for the store's group; nobody else gets this far
+        give(path, settings.fetcher_uid, settings.store_gid, 0o2775)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(fd, fcntl.LOCK_SH)
         with contextlib.suppress(FileNotFoundError):

@@ -14,6 +14,7 @@ from typing import Any
 from csi.control import wire
 from csi.errors import ControlError, ModelMountError
 from csi.supervisor.child import Child, Role
+from csi.supervisor.ownership import give
 from csi.supervisor.settings import SupervisorSettings
 
 log = logging.getLogger(__name__)
@@ -39,9 +40,7 @@ class StoreLink:
         for name in ("blobs", "mounts"):
             path = os.path.join(settings.domain_dir, name)
             os.makedirs(path, mode=0o755, exist_ok=True)
-            if settings.store_uid is not None and settings.store_gid is not None:
-                os.chown(path, settings.store_uid if name == "blobs" else 0, settings.store_gid)
-            os.chmod(path, 0o775)  # noqa: S103 - for the store's group; see the next line
+            give(path, settings.store_uid if name == "blobs" else os.geteuid(), settings.store_gid, 0o775)
         os.chmod(os.path.join(settings.data_dir, "cache"), 0o700)  # inside, only descriptors lead anywhere
         await self._spawn()
         self._watcher = asyncio.create_task(self._watch())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 from fakes.registry import FakeRegistry, Fault
-from support.node_process import NodeProcess
+from support.node_process import NodeProcess, mounts_below
 
 from csi.wire import csi_pb2
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.fuse
 
 FILES = {"config.json": b'{"a": 1}', "model.safetensors": os.urandom(3 * 1024 * 1024)}
 SECRET = {"username": "tenant-a", "password": "of-tenant-a"}
+TOKENS = "csi.storage.k8s.io/serviceAccount.tokens"
 NAMESPACE = "csi.storage.k8s.io/pod.namespace"
 
 
@@ -95,6 +97,34 @@ def test_a_republish_that_may_not_read_any_more_is_ok_and_shows_as_health(
     modelmount_node.publish(reference, target, secrets=SECRET)
     eventually(lambda: "AccessRefused" not in reasons(modelmount_node, target))
     modelmount_node.unpublish(target)
+
+
+@pytest.mark.parametrize("place", ["secrets", "volume_context"])
+def test_a_service_account_token_logs_in_and_its_rotation_is_a_no_op(tmp_path: Path, place: str) -> None:
+    with FakeRegistry("nobody", "nothing", tokens=True) as registry:
+        registry.identity_tokens |= {"first-token", "second-token"}
+        reference = f"{registry.host}/team/model@{registry.add_model('team/model', 'v1', FILES)}"
+        with NodeProcess(tmp_path, f"--token-login={registry.host}=identity", "--spares=0") as node:
+            target, other = node.target(), node.target("other")
+
+            def publish(token: str, target: Path = target, volume_id: str = "vol-1", account: str = "reader") -> None:
+                tokens = {TOKENS: json.dumps({registry.host: {"token": token, "expirationTimestamp": "2030"}})}
+                pod = {NAMESPACE: "apps", "csi.storage.k8s.io/serviceAccount.name": account}
+                attributes = pod if place == "secrets" else pod | tokens
+                secrets = tokens if place == "secrets" else None
+                node.publish(reference, target, volume_id, secrets=secrets, attributes=attributes)
+
+            publish("first-token")
+            before = mounts_below(tmp_path)
+            publish("second-token")
+            assert mounts_below(tmp_path) == before
+            assert (target / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+            assert refusal(lambda: publish("unknown", other, "vol-2", "stranger")).code() in (
+                grpc.StatusCode.UNAUTHENTICATED,
+                grpc.StatusCode.PERMISSION_DENIED,
+            )
+            node.unpublish(target)
+            assert "second-token" not in node.log_path.read_text()
 
 
 def test_isolated_namespaces_share_nothing(tmp_path: Path, private: FakeRegistry, reference: str) -> None:

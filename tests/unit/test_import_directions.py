@@ -48,6 +48,7 @@ VALUES: dict[str, set[str]] = {
     "provisioned": set(),
     "redact": set(),
     "quantity": set(),
+    "pods": set(),
 }
 
 # third-party module → the only packages that may import it
