@@ -222,10 +222,12 @@ class ModelFinder:
         return self._sources[layer.origin] if layer.origin else self.source
 
     def _credentials_for(self, reference: Reference) -> Credentials:
-        """A login given by hand is for the registry that was named by hand."""
-        if reference.registry != self._reference.registry:
-            return ()
-        return self._credentials
+        """A login given by hand is for the registry that was named by hand; docker's logins are each for their own."""
+        if reference == self._reference:
+            return self._credentials
+        if self._args.username:
+            return self._credentials if reference.registry == self._reference.registry else ()
+        return login.credentials_of(self._args, reference)
 
 
 class _Window:
