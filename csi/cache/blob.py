@@ -191,7 +191,11 @@ class BlobWriter(_MappedBlob):
         segment, offset = blocks.segment_of(block)
         offset += start
         try:
-            opened = self._writable.get(segment) or self._allocate(segment)
+            opened = self._writable.get(segment)
+            if opened is None:
+                opened = self._allocate(segment)
+            elif start == 0:
+                self._make_whole(opened.fd, segment)
             while data:
                 written = os.pwrite(opened.fd, data, offset)
                 data, offset = data[written:], offset + written
@@ -266,15 +270,32 @@ class BlobWriter(_MappedBlob):
         except (PermissionError, IsADirectoryError):
             fd = self._put_aside(path, segment)
         try:
-            length = blocks.segment_length(self.size_bytes, segment)
-            if os.fstat(fd).st_size != length:
-                if self._allowance is not None:
-                    self._allowance.take(length)
-                os.posix_fallocate(fd, 0, length)
+            if os.fstat(fd).st_size == 0 and self._allowance is not None:
+                self._allowance.take(blocks.segment_length(self.size_bytes, segment))
+            self._make_whole(fd, segment)
         except BaseException:
             os.close(fd)
             raise
         return self._writable.setdefault(segment, _OpenSegment(fd))  # another thread may have been first
+
+    def _make_whole(self, fd: int, segment: int) -> None:
+        """As long as it should be. What somebody has cut off is forgotten first: behind its marks zeros would be read."""
+        length, size = blocks.segment_length(self.size_bytes, segment), os.fstat(fd).st_size
+        if size >= length:
+            return
+        with self._replacing:
+            if self._forget(segment, size):
+                self._next_generation()  # before there is something to read again
+        os.posix_fallocate(fd, 0, length)
+
+    def _forget(self, segment: int, size: int) -> bool:
+        """Take the marks from the blocks of a segment that end beyond its first `size` bytes. Whether there were any."""
+        first = segment * blocks.SEGMENT_BLOCKS + size // blocks.BLOCK_BYTES
+        end = min((segment + 1) * blocks.SEGMENT_BLOCKS, self.block_count)
+        lost = [block for block in range(first, end) if self._map[fmt.HEADER_BYTES + block] != Mark.ABSENT]
+        for block in lost:
+            self.drop(block)
+        return bool(lost)
 
     def _put_aside(self, path: str, segment: int) -> int:
         """The segment is not ours to write: a link to a proven blob, or something that somebody put there. Nothing of it
@@ -283,9 +304,7 @@ class BlobWriter(_MappedBlob):
         with self._replacing:
             with contextlib.suppress(PermissionError, IsADirectoryError):
                 return self._create(path)  # another thread was first
-            first = segment * blocks.SEGMENT_BLOCKS
-            for block in range(first, min(first + blocks.SEGMENT_BLOCKS, self.block_count)):
-                self._map[fmt.HEADER_BYTES + block] = Mark.ABSENT
+            self._forget(segment, 0)
             os.rename(path, f"{path}.aside", src_dir_fd=self._area_fd, dst_dir_fd=self._area_fd)
             self._next_generation()  # before the new file is there: who reads that one sees that it moved on
             return self._create(path)

@@ -241,7 +241,8 @@ def test_bad_archives_are_refused_and_nothing_is_left(
 
 
 def test_bytes_that_are_not_the_layer_are_refused(node: NodeProcess, fake_registry: FakeRegistry) -> None:
-    reference = push(fake_registry, [LAYERS["tar+gzip"]])
+    layer = gzip.compress(tar({"model/w": weights(9_000_000, 5)}), 1)  # its own: a proven blob would not be asked for
+    reference = push(fake_registry, [(f"{LAYER}+gzip", layer)])
     fake_registry.faults.append(Fault(match="/blobs/", times=10**6, flip_at=2_000_000))
     try:
         with pytest.raises(grpc.RpcError) as refused:

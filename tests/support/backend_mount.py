@@ -151,4 +151,6 @@ class BackendMount:
         """Detach; the connection ends with its last user."""
         if self._mounted:
             self._mounted = False
+            os.close(self._superblock.root_fd)  # a user, too
+            self._superblock.root_fd = -1
             syscalls.detach(str(self.path))

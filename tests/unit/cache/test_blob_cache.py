@@ -133,7 +133,7 @@ def test_a_full_disk_is_a_cache_error_and_the_block_stays_absent(area: int, monk
     writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
     writer._writable[0] = _OpenSegment(os.open("/dev/full", os.O_WRONLY))
     with pytest.raises(CacheError, match=os.strerror(errno.ENOSPC)):
-        writer.write(0, 0, memoryview(b"x"))
+        writer.write(0, 1, memoryview(b"x"))
     assert not writer.has(0)
     writer.close()
 
@@ -182,3 +182,27 @@ def test_a_file_that_is_not_ours_is_put_aside(area: int, tmp_path: Path) -> None
     writer.read_into([memoryview(buffer)], blocks.BLOCK_BYTES)
     assert buffer == content
     writer.close()
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_blocks_of_a_segment_that_was_cut_are_not_there_when_it_grows_again(
+    area: int, tmp_path: Path, restarted: bool
+) -> None:
+    writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
+    contents = [fill(writer, block) for block in range(4)]
+    if restarted:
+        writer.close()
+        writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
+    reader = BlobReader.open(area, DIGEST, SIZE)
+    before = reader.generation
+    os.truncate(tmp_path / DIGEST.path_name / "seg-00000", blocks.BLOCK_BYTES + 100)
+    contents[3] = fill(writer, 3)
+    assert [reader.has(block) for block in range(4)] == [True, False, False, True]
+    assert reader.generation != before, "who is reading a lost block now must not believe its zeros"
+    for block in (0, 3):
+        buffer = bytearray(blocks.BLOCK_BYTES)
+        reader.read_into([memoryview(buffer)], block * blocks.BLOCK_BYTES)
+        assert buffer == contents[block]
+    assert os.stat(tmp_path / DIGEST.path_name / "seg-00000").st_size == blocks.SEGMENT_BYTES
+    writer.close()
+    reader.close()
