@@ -102,8 +102,9 @@ def test_random_kills_cost_no_byte_and_nothing_proven_is_fetched_again(
             time.sleep(0.5)
         fake_registry.seen.clear()
         for role in ("fetcher", "store", "worker"):
-            if (pid := pid_of(node, role)) is not None:
-                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # the one of before, which is being replaced
+                if (pid := pid_of(node, role)) is not None:
+                    os.kill(pid, signal.SIGKILL)
             assert (target / "w.bin").read_bytes() == content
         assert fake_registry.requests(digest) == [], "what is proven is checked, not fetched"
         node.unpublish_all()
