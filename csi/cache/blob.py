@@ -66,6 +66,11 @@ class _MappedBlob:
         """Whether the block's bytes may be read. Whether they are known to be right is for the mount to say."""
         return self._map[fmt.HEADER_BYTES + block] == Mark.PRESENT
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every block may be read."""
+        return self._map[fmt.HEADER_BYTES :].count(Mark.PRESENT) == self.block_count
+
     def stored_blocks(self) -> int:
         """How many blocks are there, checked or still to be."""
         return self.block_count - self._map[fmt.HEADER_BYTES :].count(Mark.ABSENT)

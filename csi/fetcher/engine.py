@@ -271,11 +271,16 @@ class FetchEngine:
                         "size_bytes": spec.size_bytes,
                         "blocks": writer.block_count,
                         "present_blocks": writer.stored_blocks(),
-                        "state": writer.state.name.lower(),
+                        "state": (BlobState.VERIFIED if self._is_proven(blob) else writer.state).name.lower(),
                     }
-                    for spec, writer in zip(self._specs, self._writers, strict=True)
+                    for blob, (spec, writer) in enumerate(zip(self._specs, self._writers, strict=True))
                 ],
             }
+
+    def _is_proven(self, blob: int) -> bool:
+        """Whether all of a blob is here, each block checked on its way in."""
+        writer = self._writers[blob]
+        return self._hashes[blob] is not None and writer.state is BlobState.FILLING and writer.is_whole
 
     def _readers_wait(self) -> bool:
         """Somebody reads what is not there yet: a demand, or the read-ahead of a reader that is only just fed."""
