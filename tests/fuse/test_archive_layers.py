@@ -300,3 +300,45 @@ def test_headers_that_are_not_the_layers_are_found_out(node: NodeProcess, fake_r
             os.close(fd)
     finally:
         node.unpublish(target)
+
+
+@pytest.mark.parametrize("packing", ["tar", "tar+gzip"])
+def test_eager_reads_archives_from_verified_blocks(
+    node: NodeProcess, fake_registry: FakeRegistry, packing: str
+) -> None:
+    reference = push(fake_registry, [LAYERS[packing]])
+    target, deadline = node.target(), time.monotonic() + 60
+    while (error := failure(node, reference, target, attributes={"verify": "eager"})) is not None:
+        assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED), error.details()
+        assert time.monotonic() < deadline
+    try:
+        assert {blob["state"] for blob in node.status()[0]["progress"]["blobs"]} == {"verified"}
+        check(target)
+    finally:
+        node.unpublish(target)
+
+
+@pytest.mark.parametrize("victim", ["worker_pid", "fetcher_pid"])
+def test_a_process_that_dies_while_layers_are_read_costs_a_retry(
+    node: NodeProcess, fake_registry: FakeRegistry, victim: str
+) -> None:
+    content = weights(50_000_000, len(victim))
+    reference = push(fake_registry, [(f"{LAYER}+gzip", gzip.compress(tar({"model/w": content}), 1))])
+    fake_registry.faults.append(Fault(match="/blobs/", times=10**6, stall_s=3.0))
+    target = node.target()
+    try:
+        for _ in range(2):
+            error = failure(node, reference, target)
+            assert error.code() is grpc.StatusCode.UNAVAILABLE, error.details()
+        os.kill(node.status()[0][victim], signal.SIGKILL)
+        error = failure(node, reference, target)
+        assert error.code() is grpc.StatusCode.UNAVAILABLE, error.details()
+        fake_registry.faults.clear()
+        deadline = time.monotonic() + 60
+        while (error := failure(node, reference, target)) is not None:
+            assert error.code() is grpc.StatusCode.UNAVAILABLE, error.details()
+            assert time.monotonic() < deadline
+        assert (target / "model/w").read_bytes() == content
+    finally:
+        fake_registry.faults.clear()
+        node.unpublish(target)
