@@ -248,7 +248,6 @@ def test_the_keeper_pod_is_deleted_and_killed_while_a_pod_reads(
         assert cluster.result("other-model") == (0, model.digests["v1"])
 
 
-@pytest.mark.skip(reason="not yet run: a new keeper does not get the connections of before back yet")
 def test_a_model_mounted_before_the_keepers_death_is_shown_to_another_pod_after_it(
     cluster: KubernetesApi, local_cluster: LocalCluster, model: Model
 ) -> None:
