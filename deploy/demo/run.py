@@ -275,7 +275,7 @@ def show_origins(mount: dict[str, Any], model: Path) -> None:
             digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
         size = (model / name).stat().st_size
         say(
-            f"  {name:36} {size / 1e6:8.2f} MB  {digest[:19]}  {blobs[digest]['state']}, from {mount['progress']['origin']}"
+            f"  {name:36} {size / 1e6:8.2f} MB  {digest[:19]}  {blobs[digest]['state']}, from {', '.join(mount['progress']['origins'])}"
         )
     progress = mount["progress"]
     say(f"  {progress['fetched_blocks']} blocks fetched once each, {progress['retries']} retries")
