@@ -134,6 +134,34 @@ class BlobReader(_MappedBlob):
             os.close(map_fd)
 
 
+class BlockWrite:
+    """A block on its way to the disk. All of it goes into one file, and it counts only if that file is still the blob's when
+    the last byte is written: the store may have put another in its place meanwhile.
+    """
+
+    __slots__ = ("_blob", "_block", "_generation", "_offset", "_opened")
+
+    def __init__(self, blob: BlobWriter, block: int, opened: _OpenSegment, generation: int) -> None:
+        self._blob, self._block, self._opened, self._generation = blob, block, opened, generation
+        self._offset = blocks.segment_of(block)[1]
+
+    def write(self, start: int, data: memoryview) -> None:
+        """Write bytes of the block from `start` within it. Raises: CacheError (a full disk)."""
+        offset = self._offset + start
+        try:
+            while data:
+                written = os.pwrite(self._opened.fd, data, offset)
+                data, offset = data[written:], offset + written
+        except OSError as exc:
+            raise CacheError(f"cache write failed: {exc.strerror}") from exc
+
+    def commit(self) -> bool:
+        """Every byte is written (and checked, where that can be done): readers may have the block. False when what was
+        written is not the blob's any more; the block is then absent, or there in another way.
+        """
+        return self._blob.mark_checked(self._block, self._generation)
+
+
 class BlobWriter(_MappedBlob):
     """The fetcher's view. One writer per blob directory at a time; writing is thread-safe for distinct
     blocks, and a segment that two threads allocate at once is opened once.
@@ -145,7 +173,8 @@ class BlobWriter(_MappedBlob):
         super().__init__(area_fd, name, map_fd, size_bytes, writable=True)
         self._allowance = allowance
         self._writable: dict[int, _OpenSegment] = {}
-        self._replacing = threading.Lock()
+        self._allocating = threading.Lock()
+        self._replacing = threading.Lock()  # held for no longer than it takes to change a mark or a name
         self.hashes: bytes | None = None
         """BLAKE3 of every block where the segments are those of a proven blob."""
 
@@ -191,36 +220,38 @@ class BlobWriter(_MappedBlob):
         """For a cache that cannot even hold the map: it has no block, and every write may fail."""
         return cls(area_fd, digest.path_name, -1, size_bytes)
 
-    def write(self, block: int, start: int, data: memoryview) -> None:
-        """Write bytes of a block from `start` within it. Raises: CacheError (a full disk)."""
-        segment, offset = blocks.segment_of(block)
-        offset += start
+    def begin(self, block: int) -> BlockWrite | None:
+        """Write a block anew. None when it need not be: it was put there by another, and is to be checked (see `is_kept`).
+
+        Raises: CacheError (a full disk).
+        """
+        segment, _ = blocks.segment_of(block)
         try:
-            opened = self._writable.get(segment)
-            if opened is None:
-                opened = self._allocate(segment)
-            elif start == 0:
-                self._make_whole(opened.fd, segment)
-            while data:
-                written = os.pwrite(opened.fd, data, offset)
-                data, offset = data[written:], offset + written
+            while not self.is_kept(block):
+                opened = self._writable.get(segment)
+                if opened is None:
+                    opened = self._allocate(segment, block)
+                else:
+                    self._make_whole(opened.fd, segment, known=True)
+                with self._replacing:
+                    if opened is not None and self._writable.get(segment) is opened:
+                        return BlockWrite(self, block, opened, self.generation)
         except OSError as exc:
             raise CacheError(f"cache write failed: {exc.strerror}") from exc
-
-    def mark(self, block: int) -> None:
-        """Every byte of the block is written (and checked, where that can be done): readers may have it."""
-        self._map[fmt.HEADER_BYTES + block] = Mark.PRESENT
+        return None
 
     def mark_checked(self, block: int, generation: int) -> bool:
-        """Mark a kept block whose bytes, read at that `generation`, are right. False when they are not there any more."""
+        """Readers may have a block whose bytes, read or written at that `generation`, are right. False when they are not there
+        any more.
+        """
         with self._replacing:
             if self.generation != generation:
                 return False
-            self.mark(block)
+            self._map[fmt.HEADER_BYTES + block] = Mark.PRESENT
             return True
 
     def is_kept(self, block: int) -> bool:
-        """Whether the block was there at the start and is to be checked: then `mark` or `drop` it."""
+        """Whether the block was there at the start and is to be checked: then `mark_checked` or `drop` it."""
         return self._map[fmt.HEADER_BYTES + block] == Mark.KEPT
 
     def drop(self, block: int) -> None:
@@ -229,16 +260,22 @@ class BlobWriter(_MappedBlob):
         if self.state is BlobState.VERIFIED:
             self._map[fmt.STATE_OFFSET] = BlobState.FILLING
 
-    def mark_verified(self) -> None:
-        """The sha256 matched: make the bytes durable, then say so. Raises: CacheError."""
+    def mark_verified(self, generation: int) -> bool:
+        """The sha256 of what was read at that `generation` matched: make the bytes durable, then say so. False when they are
+        not there any more. Raises: CacheError.
+        """
         try:
             for segment in range(-(-self.size_bytes // blocks.SEGMENT_BYTES)):
                 os.fdatasync(self._opened(segment).fd)
         except OSError as exc:
             raise CacheError(f"cache sync failed: {exc.strerror}") from exc
         self._map.flush()
-        self._map[fmt.STATE_OFFSET] = BlobState.VERIFIED
+        with self._replacing:
+            if self.generation != generation:
+                return False
+            self._map[fmt.STATE_OFFSET] = BlobState.VERIFIED
         self._map.flush()
+        return True
 
     def poison(self) -> None:
         """The sha256 did not match: nobody reads another byte of this, and the next writer starts empty."""
@@ -250,12 +287,13 @@ class BlobWriter(_MappedBlob):
         hashes = _shared_hashes(self._area_fd, digest, self.size_bytes)
         if hashes is None or self.hashes is not None or self.state is BlobState.POISONED:
             return False
-        if self.stored_blocks() == self.block_count:  # the same bytes, and the store has hashed them
-            self.hashes = hashes
-            self._writable.clear()
-            self._next_generation()
-        else:
-            self._use_shared(hashes)
+        with self._replacing:
+            if self.stored_blocks() == self.block_count:  # the same bytes, and the store has hashed them
+                self.hashes = hashes
+                self._writable.clear()
+                self._next_generation()
+            else:
+                self._use_shared(hashes)
         return True
 
     def _use_shared(self, hashes: bytes) -> None:
@@ -268,30 +306,38 @@ class BlobWriter(_MappedBlob):
     def _next_generation(self) -> None:
         self._map[fmt.GENERATION_OFFSET] = (self._map[fmt.GENERATION_OFFSET] + 1) % 256
 
-    def _allocate(self, segment: int) -> _OpenSegment:
+    def _allocate(self, segment: int, block: int) -> _OpenSegment | None:
+        """A segment to write that block to; None when the block is to be checked first after all."""
         path = f"{self._name}/{fmt.segment_name(segment)}"
         try:
             fd = self._create(path)
         except (PermissionError, IsADirectoryError):
-            fd = self._put_aside(path, segment)
+            fd = self._put_aside(path, segment, block)
+        if fd < 0:
+            return None
         try:
-            if os.fstat(fd).st_size == 0 and self._allowance is not None:
-                self._allowance.take(blocks.segment_length(self.size_bytes, segment))
-            self._make_whole(fd, segment)
+            self._make_whole(fd, segment, known=False)
         except BaseException:
             os.close(fd)
             raise
         return self._writable.setdefault(segment, _OpenSegment(fd))  # another thread may have been first
 
-    def _make_whole(self, fd: int, segment: int) -> None:
-        """As long as it should be. What somebody has cut off is forgotten first: behind its marks zeros would be read."""
-        length, size = blocks.segment_length(self.size_bytes, segment), os.fstat(fd).st_size
-        if size >= length:
+    def _make_whole(self, fd: int, segment: int, *, known: bool) -> None:
+        """As long as it should be. What somebody has cut off is forgotten first: behind its marks zeros would be read, and a
+        block that is being written to a file that is `known` would have them in its middle.
+        """
+        length = blocks.segment_length(self.size_bytes, segment)
+        if os.fstat(fd).st_size >= length:
             return
-        with self._replacing:
-            if self._forget(segment, size):
-                self._next_generation()  # before there is something to read again
-        os.posix_fallocate(fd, 0, length)
+        with self._allocating:
+            if (size := os.fstat(fd).st_size) >= length:
+                return  # another thread was first
+            if size == 0 and self._allowance is not None:
+                self._allowance.take(length)
+            with self._replacing:
+                if self._forget(segment, size) or known:
+                    self._next_generation()  # before there is something to read again
+            os.posix_fallocate(fd, 0, length)
 
     def _forget(self, segment: int, size: int) -> bool:
         """Take the marks from the blocks of a segment that end beyond its first `size` bytes. Whether there were any."""
@@ -302,11 +348,13 @@ class BlobWriter(_MappedBlob):
             self.drop(block)
         return bool(lost)
 
-    def _put_aside(self, path: str, segment: int) -> int:
+    def _put_aside(self, path: str, segment: int, block: int) -> int:
         """The segment is not ours to write: a link to a proven blob, or something that somebody put there. Nothing of it
-        counts any more, and a file of our own takes its place.
+        counts any more, and a file of our own takes its place. -1 when the block to be written was adopted meanwhile.
         """
         with self._replacing:
+            if self.is_kept(block):
+                return -1
             with contextlib.suppress(PermissionError, IsADirectoryError):
                 return self._create(path)  # another thread was first
             self._forget(segment, 0)

@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from csi.cache.blob import BlobWriter
+from csi.cache.blob import BlobWriter, BlockWrite
 from csi.cache.format import BlobState
 from csi.cache.ring import LendingRing
 from csi.errors import (
@@ -384,8 +384,10 @@ class FetchEngine:
             try:
                 for block in range(first, first + count):
                     content = buffer[: blocks.block_length(spec.size_bytes, block)]
-                    self._receive(source, reader, job.blob, block, content)
-                    self._arrived(job.blob, block, fetched_bytes=len(content))
+                    if self._receive(source, reader, job.blob, block, content):
+                        self._arrived(job.blob, block, fetched_bytes=len(content))
+                    else:
+                        self._displaced(job, block, len(content))
                     if self._stopping:
                         return
             finally:
@@ -394,48 +396,63 @@ class FetchEngine:
             self._turn = turn + 1
             raise
 
-    def _receive(self, source: ModelSource, reader: RangeReader, blob: int, block: int, content: memoryview) -> None:
-        """One block from the network to its mark, or to the worker. Raises: DigestMismatchError, and then nothing of it
-        is stored or read.
+    def _receive(self, source: ModelSource, reader: RangeReader, blob: int, block: int, content: memoryview) -> bool:
+        """One block from the network to its mark, or to the worker. False when something else took its place meanwhile.
+
+        Raises: DigestMismatchError, and then nothing of it is stored or read.
         """
         hashes = self._hashes[blob]
         if hashes is None and not self._disk_is_slow:
-            self._receive_and_write(reader, blob, block, content)
-            return
+            return self._receive_and_write(reader, blob, block, content)
         reader.readinto(content)
         if hashes is not None and not hashes.is_right(block, content):
             raise self._wrong_block(source, blob, block)
-        if not (self._disk_is_slow and self._readers_wait() and self._lend(blob, block, content, write=True)):
-            self._write(blob, block, 0, content, last=True)
+        if self._disk_is_slow and self._readers_wait() and self._lend(blob, block, content, write=True):
+            return True
+        return self._write_whole(blob, block, content)
 
-    def _receive_and_write(self, reader: RangeReader, blob: int, block: int, content: memoryview) -> None:
+    def _receive_and_write(self, reader: RangeReader, blob: int, block: int, content: memoryview) -> bool:
         """In pieces: what is written while it is in a core's cache costs less."""
-        for start in range(0, len(content), _PIECE_BYTES):
-            piece = content[start : start + _PIECE_BYTES]
-            reader.readinto(piece)
-            if not self._write(blob, block, start, piece, last=start + len(piece) == len(content)):
-                reader.readinto(content[start + len(piece) :])
-                self._lend(blob, block, content, write=False)
-                return
-
-    def _write(self, blob: int, block: int, start: int, content: memoryview, *, last: bool) -> bool:
-        """Write bytes of a block, and mark it after the `last` ones. False when the cache does not take them; then a whole
-        block is lent instead.
-        """
-        begun = time.monotonic()
+        received = 0
         try:
-            if begun < self._no_writes_until:
-                raise CacheError("the cache takes no writes at the moment")
-            self._writers[blob].write(block, start, content)
+            write = self._begin_write(blob, block)
+            for start in range(0, len(content), _PIECE_BYTES):
+                piece = content[start : start + _PIECE_BYTES]
+                reader.readinto(piece)
+                received = start + len(piece)
+                if write is not None:
+                    self._write_piece(write, start, piece)
+            return write is not None and write.commit()
         except CacheError as exc:
             self._cache_failed(exc)
-            if start == 0 and last:
-                self._lend(blob, block, content, write=False)
-            return False
+            reader.readinto(content[received:])
+            self._lend(blob, block, content, write=False)
+            return True
+
+    def _write_whole(self, blob: int, block: int, content: memoryview) -> bool:
+        """Write a block, or lend it when the cache does not take it. False when something else took its place."""
+        try:
+            write = self._begin_write(blob, block)
+            if write is None:
+                return False
+            self._write_piece(write, 0, content)
+            return write.commit()
+        except CacheError as exc:
+            self._cache_failed(exc)
+            self._lend(blob, block, content, write=False)
+            return True
+
+    def _begin_write(self, blob: int, block: int) -> BlockWrite | None:
+        """Raises: CacheError."""
+        if time.monotonic() < self._no_writes_until:
+            raise CacheError("the cache takes no writes at the moment")
+        return self._writers[blob].begin(block)
+
+    def _write_piece(self, write: BlockWrite, start: int, content: memoryview) -> None:
+        """Raises: CacheError."""
+        begun = time.monotonic()
+        write.write(start, content)
         self._note_write_time(time.monotonic() - begun, len(content))
-        if last:
-            self._writers[blob].mark(block)
-        return True
 
     def _lend(self, blob: int, block: int, content: memoryview, *, write: bool) -> bool:
         """Give a block to the worker in memory, and `write` it behind its back if there is time. False: no room."""
@@ -464,10 +481,12 @@ class FetchEngine:
             length = blocks.block_length(self._specs[blob].size_bytes, block)
             begun = time.monotonic()
             try:
-                self._writers[blob].write(block, 0, self._ring.content(slot, length))
-                self._writers[blob].mark(block)
-                self._note_write_time(time.monotonic() - begun, length)
-                self._on_block(blob, block)
+                write = self._writers[blob].begin(block)
+                if write is not None:
+                    write.write(0, self._ring.content(slot, length))
+                    self._note_write_time(time.monotonic() - begun, length)
+                    if write.commit():
+                        self._on_block(blob, block)
             except CacheError as exc:
                 self._cache_failed(exc)
             finally:
@@ -522,6 +541,14 @@ class FetchEngine:
                 and self._writers[blob].stored_blocks() == self._writers[blob].block_count
             ):
                 self._told_complete(blob)
+
+    def _displaced(self, job: Job, block: int, fetched_bytes: int) -> None:
+        """What was fetched was not needed: something else took its place, and has to be looked at if somebody waits."""
+        with self._lock:
+            self._counters.fetched_bytes += fetched_bytes
+            self._counters.fetched_blocks += 1
+            self._scheduler.failed(Job(job.blob, block, 1, job.priority), again=True)
+            self._lock.notify_all()
 
     def _told_complete(self, blob: int) -> None:
         with self._lock:
@@ -580,9 +607,11 @@ class FetchEngine:
                     return
 
     def _hash_blob(self, blob: int, buffer: memoryview) -> bool:
-        """One pass over a blob; False when the engine stops."""
+        """One pass over a blob; False when the engine stops. After a pass in which a file of it was replaced, its state is what
+        it was.
+        """
         spec, writer = self._specs[blob], self._writers[blob]
-        hasher = spec.digest.hasher()
+        hasher, generation = spec.digest.hasher(), writer.generation
         for block in range(writer.block_count):
             with self._lock:
                 while not writer.has(block) and not self._stopping and self._hashes[blob] is None:
@@ -597,9 +626,12 @@ class FetchEngine:
             view = buffer[: blocks.block_length(spec.size_bytes, block)]
             _read_stored(writer, block, view)
             hasher.update(view)
+        if writer.generation != generation:
+            return True
         if hasher.hexdigest() == spec.digest.hex:
             try:
-                writer.mark_verified()
+                if not writer.mark_verified(generation):
+                    return True
             except CacheError as exc:
                 log.warning("blob %s is right, but cannot be kept: %s", spec.digest.short(), exc)
             self._told_complete(blob)

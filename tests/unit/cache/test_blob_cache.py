@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from csi.cache import format as fmt
-from csi.cache.blob import BlobReader, BlobWriter, _OpenSegment
+from csi.cache.blob import BlobReader, BlobWriter, BlockWrite, _OpenSegment
 from csi.cache.format import BlobState
 from csi.errors import CacheError
+from csi.integrity.index import hash_of
 from csi.oci.digest import Digest
 from csi.stream import blocks
 
@@ -31,19 +32,27 @@ def area(tmp_path: Path) -> Iterator[int]:
 def fill(writer: BlobWriter, block: int) -> bytes:
     content = bytes([block + 1]) * blocks.block_length(SIZE, block)
     half = len(content) // 2
-    writer.write(block, 0, memoryview(content)[:half])
-    writer.write(block, half, memoryview(content)[half:])
-    writer.mark(block)
+    write = begin(writer, block)
+    write.write(0, memoryview(content)[:half])
+    write.write(half, memoryview(content)[half:])
+    assert write.commit()
     return content
+
+
+def begin(writer: BlobWriter, block: int) -> BlockWrite:
+    write = writer.begin(block)
+    assert write is not None
+    return write
 
 
 def test_a_reader_sees_a_block_when_it_is_marked(area: int) -> None:
     writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
     reader = BlobReader.open(area, DIGEST, SIZE)
     last = blocks.block_count(SIZE) - 1
-    writer.write(last, 0, memoryview(b"x" * 17))
+    write = begin(writer, last)
+    write.write(0, memoryview(b"x" * 17))
     assert not reader.has(last), "written is not yet there"
-    writer.mark(last)
+    assert write.commit()
     assert reader.has(last)
     buffer = bytearray(17)
     assert reader.read_into([memoryview(buffer)], last * blocks.BLOCK_BYTES) == 17
@@ -85,7 +94,7 @@ def test_marks_of_another_boot_count_only_when_the_blob_was_verified(area: int) 
     assert not writer.has(1)
     for block in range(writer.block_count):
         fill(writer, block)
-    writer.mark_verified()
+    assert writer.mark_verified(writer.generation)
     writer.close()
     writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
     assert writer.state is BlobState.VERIFIED
@@ -128,12 +137,13 @@ def test_a_reader_before_the_writer_and_one_of_another_size_are_refused(area: in
         BlobReader.open(area, DIGEST, SIZE - 1)
 
 
-def test_a_full_disk_is_a_cache_error_and_the_block_stays_absent(area: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_cache_error_and_the_block_stays_absent(area: int) -> None:
     """/dev/full is what a write to a full disk is; everything else here is real."""
     writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
-    writer._writable[0] = _OpenSegment(os.open("/dev/full", os.O_WRONLY))
+    write = begin(writer, 0)
+    write._opened = _OpenSegment(os.open("/dev/full", os.O_WRONLY))
     with pytest.raises(CacheError, match=os.strerror(errno.ENOSPC)):
-        writer.write(0, 1, memoryview(b"x"))
+        write.write(1, memoryview(b"x"))
     assert not writer.has(0)
     writer.close()
 
@@ -141,7 +151,7 @@ def test_a_full_disk_is_a_cache_error_and_the_block_stays_absent(area: int, monk
 def test_an_empty_blob_has_no_blocks(area: int) -> None:
     writer = BlobWriter.open(area, DIGEST, 0, BOOT)
     assert (writer.block_count, writer.stored_blocks()) == (0, 0)
-    writer.mark_verified()
+    assert writer.mark_verified(writer.generation)
     writer.close()
 
 
@@ -166,7 +176,7 @@ def test_a_writer_that_can_check_takes_every_mark_for_kept_only(area: int) -> No
     assert [writer.is_kept(block) for block in range(4)] == [True, False, True, False]
     assert not any(reader.has(block) for block in range(4)), "nobody reads what is not checked"
     assert writer.stored_blocks() == 2
-    writer.mark(0)
+    assert writer.mark_checked(0, writer.generation)
     writer.drop(2)
     assert [reader.has(block) for block in range(4)] == [True, False, False, False]
     assert writer.stored_blocks() == 1
@@ -206,3 +216,67 @@ def test_blocks_of_a_segment_that_was_cut_are_not_there_when_it_grows_again(
     assert os.stat(tmp_path / DIGEST.path_name / "seg-00000").st_size == blocks.SEGMENT_BYTES
     writer.close()
     reader.close()
+
+
+def shared(tmp_path: Path) -> list[bytes]:
+    """Put a proven blob in the area, as the store does: its segments cannot be written, its hashes come last. Its blocks."""
+    directory = tmp_path / DIGEST.path_name
+    contents = [bytes([block + 1]) * blocks.block_length(SIZE, block) for block in range(blocks.block_count(SIZE))]
+    for segment in range(2):
+        first = segment * blocks.SEGMENT_BLOCKS
+        (directory / "new").write_bytes(b"".join(contents[first : first + blocks.SEGMENT_BLOCKS]))
+        (directory / "new").chmod(0o444)
+        os.rename(directory / "new", directory / fmt.segment_name(segment))
+    (directory / fmt.HASHES_NAME).write_bytes(b"".join(map(hash_of, contents)))
+    return contents
+
+
+def test_a_block_that_was_being_written_when_a_proven_blob_came_is_not_taken_for_written(
+    area: int, tmp_path: Path
+) -> None:
+    writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
+    reader = BlobReader.open(area, DIGEST, SIZE)
+    fill(writer, 1)
+    half = blocks.BLOCK_BYTES // 2
+    before, after = begin(writer, 0), begin(writer, 2)
+    before.write(0, memoryview(b"\1" * half))
+    contents = shared(tmp_path)
+    before.write(half, memoryview(b"\1" * half))
+    assert before.commit(), "all of it is in the file that this writer and its readers have open"
+    after.write(0, memoryview(b"\3" * half))
+    assert writer.adopt(DIGEST)
+    after.write(half, memoryview(b"\3" * half))
+    assert not after.commit()
+    assert not any(reader.has(block) for block in range(reader.block_count)), "to be checked, all of them"
+    assert writer.begin(2) is None, "it is there, and to be checked"
+    buffer = memoryview(bytearray(blocks.BLOCK_BYTES))
+    for block in range(4):
+        assert reader.read_into([buffer], block * blocks.BLOCK_BYTES) == len(buffer)
+        assert buffer == contents[block], "and nothing was written to what was adopted"
+    writer.close()
+    reader.close()
+
+
+def test_a_block_whose_file_is_cut_while_it_is_written_is_not_taken_for_written(area: int, tmp_path: Path) -> None:
+    writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
+    half = blocks.BLOCK_BYTES // 2
+    write = begin(writer, 0)
+    write.write(0, memoryview(b"x" * half))
+    os.truncate(tmp_path / DIGEST.path_name / fmt.segment_name(0), 0)
+    fill(writer, 1)
+    write.write(half, memoryview(b"x" * half))
+    assert not write.commit()
+    assert [writer.has(block) for block in range(3)] == [False, True, False]
+    writer.close()
+
+
+def test_what_was_hashed_is_verified_only_while_it_is_there(area: int, tmp_path: Path) -> None:
+    writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
+    for block in range(writer.block_count):
+        fill(writer, block)
+    generation = writer.generation
+    shared(tmp_path)
+    assert writer.adopt(DIGEST)
+    assert not writer.mark_verified(generation)
+    assert writer.mark_verified(writer.generation)
+    writer.close()

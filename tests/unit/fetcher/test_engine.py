@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from csi.cache.blob import BlobWriter
+from csi.cache.blob import BlobWriter, BlockWrite
 from csi.cache.ring import LendingRing
 from csi.errors import CacheError, ModelMountError
 from csi.fetcher.engine import EngineSettings, FetchEngine
@@ -66,12 +66,18 @@ class SlowWriter(BlobWriter):
     full = False
     disk = threading.Lock()
 
-    def write(self, block: int, start: int, data: memoryview) -> None:
+    def begin(self, block: int) -> BlockWrite | None:
+        write = super().begin(block)
+        return write and SlowWrite(self, block, write._opened, write._generation)
+
+
+class SlowWrite(BlockWrite):
+    def write(self, start: int, data: memoryview) -> None:
         if SlowWriter.full:
             raise CacheError("no space left")
-        with self.disk:
-            time.sleep(self.delay_s)
-        super().write(block, start, data)
+        with SlowWriter.disk:
+            time.sleep(SlowWriter.delay_s)
+        super().write(start, data)
 
 
 class Reader:
