@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,18 @@ COMMAND = [sys.executable, "-m", "csi.cli.main"]
 
 
 class NodeProcess:
-    """Use as a context manager. Everything lies below `directory`; leaving kills what is left and unmounts."""
+    """Use as a context manager. Everything lies below `directory`; leaving kills what is left and unmounts. `under`: a
+    command that executes the one it is given.
+    """
 
-    def __init__(self, directory: Path, *flags: str) -> None:
+    def __init__(self, directory: Path, *flags: str, under: Sequence[str] = ()) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self.socket_path = directory / "csi.sock"
         self.state_dir = directory / "state"
         self.data_dir = directory / "data"
         self.log_path = directory / "node.log"
-        self._flags = flags
+        self._flags, self._under = flags, under
         self._pods = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: grpc.Channel | None = None
@@ -57,6 +60,7 @@ class NodeProcess:
         with open(self.log_path, "ab") as log:
             self._process = subprocess.Popen(
                 [
+                    *self._under,
                     *COMMAND,
                     "node",
                     "--all-in-one",
