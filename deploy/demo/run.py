@@ -168,19 +168,20 @@ def compare(model: Path, target: Path) -> int:
     return total
 
 
-def leftovers(directory: Path, processes_before: set[int]) -> list[str]:
+def leftovers(directory: Path) -> list[str]:
     """Mounts and processes that should not be there any more."""
     found = [f"mount {entry.mount_point}" for entry in mountinfo.read() if str(directory) in entry.mount_point]
-    return found + [f"process {pid}" for pid in sorted(our_processes() - processes_before)]
+    return found + [f"process {pid}" for pid in sorted(our_processes(directory))]
 
 
-def our_processes() -> set[int]:
-    """Pids of ModelMount processes on this machine."""
+def our_processes(directory: Path) -> set[int]:
+    """Pids of the ModelMount processes of this run: each is told a directory below ours."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                if b"csi.cli.main" in (entry / "cmdline").read_bytes():
+                command = (entry / "cmdline").read_bytes()
+                if b"csi.cli.main" in command and bytes(directory) in command:
                     found.add(int(entry.name))
     return found
 
@@ -293,11 +294,10 @@ def main() -> int:
     directory = args.directory.absolute()
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    processes_before = our_processes()
     started = time.monotonic()
     try:
         play(directory, args.tools.absolute())
-        left = leftovers(directory, processes_before)
+        left = leftovers(directory)
         if left:
             raise DemoFailedError(f"left behind: {', '.join(left)}")
         shutil.rmtree(directory)
