@@ -74,6 +74,7 @@ def node(directory: Path) -> Iterator[Path]:
                 *(sys.executable, "-m", "csi.cli.main", "node", "--all-in-one"),
                 *("--endpoint", f"unix://{socket_path}", "--node-id", "demo-node"),
                 *("--state-dir", str(directory / "state"), "--data-dir", str(directory / "data")),
+                "--cache-min-free=1",  # also on a disk that is rather full
             ],
             stdin=subprocess.DEVNULL,
             stdout=log,
