@@ -55,7 +55,7 @@ _MAX_DELAY_S = 10.0
 _PIECE_BYTES = 512 * 1024
 _SCARCE_CORES = 4
 _HASH_PATIENCE_S = 0.1
-_TRIES_OF_WRONG_BLOCKS = 3
+_FINAL_TRIES = 3
 _EVENT_INTERVAL_S = 10.0  # of a registry whose every block is wrong we need not speak every time
 _CACHE_REST_S = 5.0
 """How long nothing is written after the cache refused a write."""
@@ -146,7 +146,7 @@ class FetchEngine:
         )
         self._counters = Counters()
         self._last_want = 0.0
-        self._wrong_tries: dict[tuple[int, int], int] = {}
+        self._final_tries: dict[tuple[int, int], int] = {}
         self._last_event = -_EVENT_INTERVAL_S
         self._no_writes_until = 0.0
         self._write_s = 0.0  # seconds that writing a block takes, averaged
@@ -526,7 +526,7 @@ class FetchEngine:
             self._scheduler.done(blob, block)
             if not self._is_present(blob, block):  # from now on: until then the background passed over it
                 self._fetch_unwritten = True
-            self._wrong_tries.pop((blob, block), None)
+            self._final_tries.pop((blob, block), None)
             if fetched_bytes:
                 self._counters.fetched_bytes += fetched_bytes
                 self._counters.fetched_blocks += 1
@@ -558,7 +558,7 @@ class FetchEngine:
         self._on_complete(blob)
 
     def _failed(self, job: Job, error: ModelMountError) -> None:
-        # Credentials may be replaced and room be made while readers wait; what is not there stays not there.
+        # Credentials may be replaced and room be made while readers wait.
         again = error.retryable or isinstance(error, RegistryAuthError | CacheError)
         log.warning("fetch of %s blocks %d+%d: %s", self._specs[job.blob].digest.short(), job.first, job.count, error)
         with self._lock:
@@ -567,13 +567,15 @@ class FetchEngine:
             if isinstance(error, CacheError):
                 self._counters.cache_errors += 1
             missing = [key for key in job.blocks() if not self._is_present(*key)]
-            if isinstance(error, DigestMismatchError) and missing:
-                # What went wrong on the way is right the next time; what is wrong at the source stays wrong.
+            if isinstance(error, DigestMismatchError):
                 self._counters.rejected_blocks += 1
-                tries = self._wrong_tries[missing[0]] = self._wrong_tries.get(missing[0], 0) + 1
-                again = tries < _TRIES_OF_WRONG_BLOCKS
+            if not again and isinstance(error, RegistryError | ContentError) and missing:
+                # What went wrong on the way is right the next time, and another source may have what one has not; what
+                # is wrong with all of them stays wrong.
+                tries = self._final_tries[missing[0]] = self._final_tries.get(missing[0], 0) + 1
+                again = tries < max(_FINAL_TRIES, 2 * len(self._sources))
                 if not again:
-                    del self._wrong_tries[missing[0]]
+                    del self._final_tries[missing[0]]
                     missing = missing[:1]
             self._scheduler.failed(job, again=again)
         if isinstance(error, DigestMismatchError):

@@ -4,6 +4,7 @@
                  access check of a later volume)
     start        where the blobs come from, the mount's cache area, how to verify; from here on the process serves one
                  mount
+    prove        whether our registry has the model's blobs, and not only its manifest
     build        a channel to the worker that finds out what is in the model (see `csi.fetcher.build`)
     fill         fetch the whole model from now on
     challenge    blobs that the store has: their blocks that our registry has to show first
@@ -44,7 +45,7 @@ from csi.errors import CacheError, ControlError, DigestMismatchError, ModelMount
 from csi.fetcher.build import BuildService
 from csi.fetcher.engine import EngineSettings, FetchEngine
 from csi.fetcher.index_source import has_index, load_index
-from csi.fetcher.possession import prove_possession
+from csi.fetcher.possession import known_origins, prove_possession, remember_origins
 from csi.integrity.index import BlobHashes, BlockIndex
 from csi.jail.confinement import Level, Role, narrow_to
 from csi.oci.digest import Digest
@@ -89,6 +90,7 @@ class Fetcher:
         self._hosts: dict[str, tuple[RegistryHost, ...]] = {}
         self._ring = LendingRing(_RING_SLOTS)
         self._lent: set[int] = set()
+        self._lending = threading.Lock()  # a slot is lent to the worker of now, or to nobody
         self._specs: list[BlobSpec] = []
         self._challenges: dict[Digest, int] = {}
         self._allowance = Allowance(lambda: self._notify_supervisor({"op": "grant"}))
@@ -121,10 +123,14 @@ class Fetcher:
                     threading.Thread(target=self._resolve, args=(request, fds), daemon=True, name="resolve").start()
                 case "start":
                     layers_fd = self._start(request, fds)
+                    assert self._area_fd is not None
+                    origins = known_origins(self._area_fd)
                     try:
-                        self._reply(wire.ok(request, **self._jail.as_fields()), [layers_fd])
+                        self._reply(wire.ok(request, origins=origins, **self._jail.as_fields()), [layers_fd])
                     finally:
                         os.close(layers_fd)
+                case "prove":
+                    threading.Thread(target=self._prove, args=(request,), daemon=True, name="prove").start()
                 case "build":
                     self._serve_build(wire.exactly(fds, 1)[0])
                     self._reply(wire.ok(request))
@@ -150,6 +156,8 @@ class Fetcher:
                     self._reply(wire.ok(request))
                 case "credentials":
                     self._use_sources(request, fds)
+                    if self._area_fd is not None:
+                        remember_origins(self._area_fd, request.get("proven", ()))
                     self._reply(wire.ok(request))
                 case "stats":
                     self._send_stats(request)
@@ -196,6 +204,23 @@ class Fetcher:
             )
         finally:
             os.close(manifest_fd)
+
+    def _prove(self, request: wire.Message) -> None:
+        """That the mount may show what others have fetched, or will."""
+        source, index, area_fd = self._sources[0], self._index, self._area_fd
+        try:
+            if index is None or area_fd is None:
+                raise ControlError("fetcher: nothing to prove without a block index")
+            prove_possession(source, index)
+        except ModelMountError as exc:
+            self._reply(wire.failed(request, exc))
+            return
+        except Exception as exc:
+            log.exception("prove failed by a bug")
+            self._reply(wire.failed(request, exc))
+            return
+        remember_origins(area_fd, [source.origin])
+        self._reply(wire.ok(request))
 
     def _start(self, request: wire.Message, fds: list[int]) -> int:
         """A memfd: the layers worth sharing, for the store, which finds a directory for each of them."""
@@ -314,14 +339,13 @@ class Fetcher:
             source.close()
 
     def _attach_worker(self, channel_fd: int) -> None:
-        if self._worker is not None:
-            self._selector.unregister(self._worker)
-            self._worker.close()
-        self._worker = socket.socket(fileno=channel_fd)
-        self._worker.setblocking(False)
-        self._selector.register(self._worker, selectors.EVENT_READ)
-        self._take_back_lent()
-        self._tell_worker({"op": "ring"}, [self._ring.fd])
+        worker = socket.socket(fileno=channel_fd)
+        worker.setblocking(False)
+        with self._lending:
+            self._drop_worker()
+            self._worker = worker
+            self._tell_worker({"op": "ring"}, [self._ring.fd])  # before anything in it is lent
+        self._selector.register(worker, selectors.EVENT_READ)
 
     def _on_worker_readable(self) -> None:
         worker = self._worker
@@ -334,10 +358,8 @@ class Fetcher:
             log.warning("worker channel: %s", exc)
             received = None
         if received is None:  # a worker died; the supervisor will send the channel of its successor
-            self._selector.unregister(worker)
-            worker.close()
-            self._worker = None
-            self._take_back_lent()
+            with self._lending:
+                self._drop_worker()
             return
         message, fds = received
         match message:
@@ -348,9 +370,10 @@ class Fetcher:
                 self._want(blob, first, count, cls)
             case {"op": "returned", "slots": list(slots)}:
                 wire.close_all(fds)
-                for slot in self._lent.intersection(slots):
-                    self._lent.discard(slot)
-                    self._ring.release(slot)
+                with self._lending:
+                    for slot in self._lent.intersection(slots):
+                        self._lent.discard(slot)
+                        self._ring.release(slot)
                 if self._engine is not None:
                     self._engine.room_again()
             case {"op": "damaged", "blob": int(blob), "block": int(block)}:
@@ -460,14 +483,18 @@ class Fetcher:
             self._notify_supervisor({"op": "proof", "digest": str(digest), "block": block})
 
     def _on_lent(self, blob: int, block: int, slot: int) -> bool:
-        self._lent.add(slot)  # before the worker can give it back
-        if self._tell_worker({"op": "lent", "blob": blob, "block": block, "slot": slot}):
+        with self._lending:  # a worker that is replaced in between would be lent what was taken back already
+            if not self._tell_worker({"op": "lent", "blob": blob, "block": block, "slot": slot}):
+                return False
+            self._lent.add(slot)
             return True
-        self._lent.discard(slot)
-        return False
 
-    def _take_back_lent(self) -> None:
-        """That worker is gone."""
+    def _drop_worker(self) -> None:
+        """That worker is gone, and what it was lent comes back. Call with `_lending`."""
+        if self._worker is not None:
+            self._selector.unregister(self._worker)
+            self._worker.close()
+            self._worker = None
         while self._lent:
             self._ring.release(self._lent.pop())
 

@@ -114,6 +114,8 @@ class Shelf:
                 os.mkdir(work, 0o755, dir_fd=self._blobs_fd)
                 self._copy(source, work, digest, size_bytes)
                 self._write_about(work, _About(size_bytes, tuple(origins)))
+                with self._lock:
+                    self._remove_blob(digest.path_name)  # one whose `about` is damaged, if any
                 os.rename(work, digest.path_name, src_dir_fd=self._blobs_fd, dst_dir_fd=self._blobs_fd)
             except OSError as exc:
                 raise CacheError(f"blob {digest.short()} cannot be shared: {exc.strerror}") from exc
@@ -129,22 +131,28 @@ class Shelf:
 
     def verify(self, digest: Digest) -> bool:
         """Hash a proven blob again; a damaged one leaves the shelf (mounts that have it check every block anyway)."""
+        if self._is_right(digest):
+            return True
+        with self._lock:
+            self._remove_blob(digest.path_name)
+        return False
+
+    def _is_right(self, digest: Digest) -> bool:
         about = self._about(digest)
         if about is None:
             return False
-        hasher = digest.hasher()
+        hasher, hashes = digest.hasher(), bytearray()
         try:
             for segment in range(-(-about.size_bytes // blocks.SEGMENT_BYTES)):
                 with _opened(self._blobs_fd, f"{digest.path_name}/{fmt.segment_name(segment)}") as fd:
                     for view in _blocks_of(fd, blocks.segment_length(about.size_bytes, segment)):
                         hasher.update(view)
+                        hashes += hash_of(view)
+            with _opened(self._blobs_fd, f"{digest.path_name}/{fmt.HASHES_NAME}") as fd:
+                kept = os.pread(fd, len(hashes) + 1, 0)
         except OSError:
-            pass
-        if hasher.hexdigest() == digest.hex:
-            return True
-        with self._lock:
-            self._remove_blob(digest.path_name)
-        return False
+            return False
+        return hasher.hexdigest() == digest.hex and kept == hashes
 
     def entries(self) -> list[Entry]:
         """Everything that takes room. Areas that nobody uses any more give back their links on the way."""
@@ -288,7 +296,7 @@ class Shelf:
             return os.pread(fd, length, offset)
 
     def _remove_blob(self, name: str) -> None:
-        gone = f"{_HIDDEN}{name}"
+        gone = f"{_HIDDEN}gone-{name}"  # not the name under which it may just be made anew
         with contextlib.suppress(FileNotFoundError):
             os.rename(name, gone, src_dir_fd=self._blobs_fd, dst_dir_fd=self._blobs_fd)
         _remove_tree(self._blobs_fd, gone)

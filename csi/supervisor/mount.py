@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 _SERVE_TIMEOUT_S = 20.0
 _STORE_TIMEOUT_S = 5.0
+_PROOF_TIMEOUT_S = 300.0  # one block, however slow the link: who publishes hears before that it takes time
 _CRASH_WINDOW_S = 30.0
 _CRASHES_BEFORE_WAIT = 5
 _CRASH_WAIT_S = 5.0
@@ -103,6 +104,7 @@ class Mount:
         self.indexed = False
         self.wanted_at = 0.0
         self._first_credentials: Credentials = ()
+        self._proven: set[str] = set()  # origins
         self._fill = False
         self._stopping = False
         self._worker: Child | None = None
@@ -151,6 +153,7 @@ class Mount:
             await self._start_fetcher(
                 fetcher, [{"reference": str(self.reference), "credentials": to_wire(self._first_credentials)}]
             )
+            await self._prove(fetcher)
             self._tree_fd, self.summary = await self._build.run(
                 self._worker, fetcher, manifest, self._area_fd, self.key.view.texts, str(self.key.verify)
             )
@@ -174,6 +177,16 @@ class Mount:
         finally:
             os.close(manifest.fd)
         self._watchers = [asyncio.create_task(self._watch_worker()), asyncio.create_task(self._watch_fetcher())]
+
+    def is_stranger(self, reference: Reference) -> bool:
+        """Whether that registry has yet to show that it has the model, and not only its manifest."""
+        return self.key.origin is None and reference.origin not in self._proven
+
+    async def _prove(self, fetcher: Child) -> None:
+        """The mount shares its blocks with volumes of other registries, those of before and those to come."""
+        if self.is_stranger(self.reference):
+            await fetcher.call("prove", _PROOF_TIMEOUT_S)
+            self._proven.add(self.reference.origin)
 
     async def _fetch_manifest(self, digest: Digest) -> SentManifest:
         if self._fetcher is None:
@@ -199,12 +212,15 @@ class Mount:
         if self._fetcher is None:
             raise ControlError(f"mount {self.mount_id[:8]}: its fetcher is being replaced; try again")
         # A registry that only repeats a manifest must not open the door to blobs it does not have.
-        known = {lease.reference.origin for lease in self.leases.values()}
-        stranger = self.key.origin is None and reference.origin not in known
         model = await resolve(
-            self._fetcher, reference.with_digest(self.key.digest), credentials, self._settings, prove=stranger
+            self._fetcher,
+            reference.with_digest(self.key.digest),
+            credentials,
+            self._settings,
+            prove=self.is_stranger(reference),
         )
         os.close(model.manifest_fd)
+        self._proven.add(reference.origin)
 
     async def add_lease(self, target_path: str, lease: Lease) -> None:
         """The target shows the mount from now on, and its volume's registry is one more to fetch from."""
@@ -333,7 +349,7 @@ class Mount:
         fds = [self._area_fd] if self._layout_fd < 0 else [self._area_fd, self._layout_fd]
         fetcher.on_notification = self._on_notification
         await self._send_hosts(fetcher, sources)
-        self.jail["fetcher"], layers_fds = await fetcher.call(
+        reply, layers_fds = await fetcher.call(
             "start",
             _SERVE_TIMEOUT_S,
             fds,
@@ -345,6 +361,8 @@ class Mount:
             verify=str(self.key.verify),
             allowance=await self._granted(),
         )
+        self._proven.update(map(str, reply.pop("origins", ())))
+        self.jail["fetcher"] = reply
         try:
             await self._attach(fetcher, sources, layers_fds)
         except ModelMountError as exc:  # then everything is fetched
@@ -541,6 +559,7 @@ class Mount:
                     5.0,
                     sources=sources,
                     plain_http_hosts=list(self._settings.plain_http_hosts),
+                    proven=sorted(self._proven),
                 )
 
     async def _send_hosts(self, fetcher: Child, sources: list[dict[str, Any]]) -> None:

@@ -208,12 +208,14 @@ class Supervisor:
         """
         model = _model(mount, wanted)
         age_s = self._access.age_s(model, caller)
-        if age_s is not None and age_s < _FRESH_S:
+        # That somebody could read the manifest shows nothing of the blobs.
+        stranger = mount.is_stranger(wanted)
+        if age_s is not None and age_s < _FRESH_S and not stranger:
             return
         try:
             await mount.access(wanted, credentials)
         except RegistryUnavailableError as exc:
-            if age_s is None:
+            if age_s is None or stranger:
                 raise
             log.warning("%s: %s; this caller could read it %.0f minutes ago, so it may", wanted, exc, age_s / 60)
             return

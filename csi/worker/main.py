@@ -246,6 +246,8 @@ class Worker:
         with channel:
             while channel is self._fetcher:
                 await trio.lowlevel.wait_readable(channel.fileno())
+                if channel is not self._fetcher:
+                    return  # what a fetcher that is gone has lent lies in its own ring
                 try:
                     received = wire.recv(channel)
                 except BlockingIOError:

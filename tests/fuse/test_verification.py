@@ -9,14 +9,12 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 from fakes.registry import FakeRegistry, Fault, model_manifest
+from support.mounts import drop_pages, events, mount_at, wait_for
 from support.node_process import NodeProcess
 
 from csi.integrity.index import BlobHashes, hash_of
@@ -48,38 +46,10 @@ def registry(fake_registry: FakeRegistry, content: bytes) -> FakeRegistry:
     return fake_registry
 
 
-@pytest.fixture
-def node(tmp_path: Path) -> Iterator[NodeProcess]:
-    """A node of its own: these tests look at, and damage, the cache."""
-    with NodeProcess(tmp_path / "node", "--read-deadline=8") as node:
-        yield node
-        node.unpublish_all()
-
-
-def mount_at(node: NodeProcess, target: Path) -> dict[str, Any]:
-    return next(mount for mount in node.status() if str(target) in mount["targets"])
-
-
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-
-
-def events(node: NodeProcess, target: Path) -> list[str]:
-    return [event["reason"] for event in mount_at(node, target)["events"]]
-
-
 def refusal(node: NodeProcess, reference: str, **attributes: str) -> grpc.RpcError:
     with pytest.raises(grpc.RpcError) as caught:
         node.publish(reference, node.target(), "refused", attributes=attributes)
     return caught.value
-
-
-def drop_pages(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def test_chunk_is_the_default_where_there_is_an_index_and_whole_elsewhere(
@@ -110,10 +80,10 @@ def test_a_lying_registry_whole_and_chunk_on_the_same_digest(
     whole, chunk = modelmount_node.target("whole"), modelmount_node.target("chunk")
     lie = bytearray(content)
     lie[BLOCK_BYTES + 7] ^= 1
-    registry.blobs[blob] = bytes(lie)
     reference = f"{registry.host}/team/model:v1"
+    modelmount_node.publish(reference, chunk, "chunk", attributes={"verify": "chunk", "prefetch": "ondemand"})
+    registry.blobs[blob] = bytes(lie)
     modelmount_node.publish(reference, whole, "whole", attributes={"verify": "whole"})
-    modelmount_node.publish(reference, chunk, "chunk", attributes={"verify": "chunk"})
     with open(chunk / "w.bin", "rb", buffering=0) as file:
         assert os.pread(file.fileno(), BLOCK_BYTES, 0) == content[:BLOCK_BYTES][: 1 << 30]
         for offset in (BLOCK_BYTES, BLOCK_BYTES + 7, 2 * BLOCK_BYTES - 1):
@@ -138,10 +108,10 @@ def test_junk_of_another_registry_under_a_known_digest_reaches_nobody(
 ) -> None:
     with FakeRegistry() as evil:
         evil.copy_from(registry)
-        evil.blobs[blob] = bytes(len(content))
         good_target, bad_target = modelmount_node.target("good"), modelmount_node.target("bad")
         # The evil one first: its mount is the one that the honest volume joins.
-        modelmount_node.publish(f"{evil.host}/team/model:v1", bad_target, "bad")
+        modelmount_node.publish(f"{evil.host}/team/model:v1", bad_target, "bad", attributes={"prefetch": "ondemand"})
+        evil.blobs[blob] = bytes(len(content))
         modelmount_node.publish(f"{registry.host}/team/model:v1", good_target, "good")
         assert mount_at(modelmount_node, good_target)["mount_id"] == mount_at(modelmount_node, bad_target)["mount_id"]
         assert (good_target / "w.bin").read_bytes() == content, "the honest registry is asked when the other one lies"
@@ -212,7 +182,7 @@ def test_an_index_that_does_not_fit_its_manifest_is_refused(
 def test_what_goes_wrong_on_the_way_is_fetched_again(
     modelmount_node: NodeProcess, registry: FakeRegistry, fault: Fault, content: bytes, blob: str
 ) -> None:
-    fault.match = blob
+    fault.match, fault.after = blob, 1  # the first request shows that the registry has the model
     registry.faults.append(fault)
     target = modelmount_node.target()
     modelmount_node.publish(f"{registry.host}/team/model:v1", target)
@@ -231,12 +201,13 @@ def test_no_flipped_byte_at_any_place_is_ever_read(
         lie = bytearray(content)
         for block in range(block_count(len(content))):
             lie[block * BLOCK_BYTES + position % block_length(len(content), block)] ^= 1 << random_source.randrange(8)
-        registry.blobs[blob] = bytes(lie)
+        registry.blobs[blob] = content
         # Another manifest each time, so that no cache helps.
         digest = registry.add_manifest(
             "team/model", "flip", next(c for _, c in registry.manifests.values()) + b" " * number
         )
         modelmount_node.publish(f"{registry.host}/team/model@{digest}", target, attributes={"prefetch": "ondemand"})
+        registry.blobs[blob] = bytes(lie)
         with open(target / "w.bin", "rb", buffering=0) as file:
             for offset in (position, len(content) - 10, 2 * BLOCK_BYTES - 5):
                 with contextlib.suppress(OSError):
