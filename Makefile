@@ -11,7 +11,7 @@ HELM := $(or $(wildcard $(CURDIR)/.tools/k8s/helm),helm)
 E2E ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help need-root setup demo test test-fuse test-csi image e2e manifests docs bench lint fmt type proto proto-check check clean
+.PHONY: help need-root setup demo test test-fuse test-model test-csi image e2e manifests docs bench lint fmt type proto proto-check check clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ test: setup ## all fast tests (those that mount are skipped without root)
 
 test-fuse: need-root setup ## real mounts, crashes of worker and fetcher (root)
 	@$(SUDO) $(BIN)/python -m pytest tests/fuse
+
+test-model: need-root setup ## random plans of faults, kills and damage against a plain file (root; minutes: SEEDS=1-40 STEPS=60)
+	@$(SUDO) env MODELMOUNT_MODEL_SEEDS=$(or $(SEEDS),1-40) MODELMOUNT_MODEL_STEPS=$(or $(STEPS),60) MODELMOUNT_MODEL_SHRINK=600 \
+	  $(BIN)/python -m pytest -s tests/fuse/test_reference_model.py
 
 test-csi: need-root setup .tools/csi-sanity ## the CSI service over its socket, and the csi-sanity conformance suite (root)
 	@$(SUDO) $(BIN)/python -m pytest tests/csi

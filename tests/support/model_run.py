@@ -1,0 +1,515 @@
+"""Runs a plan of the reference-model test: a real node, two registries, processes that read all the while.
+
+What a read may do, by what its volume was promised (docs/semantics.md):
+
+chunk, eager   the file's bytes; EIO for a block that a registry lies about
+whole          the same, or the very bytes a registry made up, until the blob is complete; then EIO
+all            EIO once the deadline has passed while a registry (or what serves the mount) was away
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from fakes.registry import FakeRegistry, Fault
+from support import checking_reader
+from support.model_plan import REGISTRIES, Plan
+from support.node_process import NodeProcess, alive, children_of
+
+from csi.control.supervisor import SupervisorClient
+from csi.errors import ControlError
+from csi.oci.digest import Digest
+from csi.stream.blocks import BLOCK_BYTES
+
+DEADLINE_S = 12.0
+_SLACK_S = 15.0
+"""How long after its end a fault may still be what a read waited for: back-off, and a busy machine."""
+_PREPARE_S = 90.0
+_SIZES = {"a": 17 * BLOCK_BYTES + 4321, "b": 3 * BLOCK_BYTES + 17, "c": BLOCK_BYTES + 99, "d": 100}
+_FILES = {"m1": ("a", "c", "d"), "m2": ("a", "b"), "m3": ("b", "c")}
+
+
+class WrongError(AssertionError):
+    """A read or an error that the plan does not allow."""
+
+
+class PlannedRegistry(FakeRegistry):
+    """Serves blobs at a pace, and lies about single bytes for a while."""
+
+    def __init__(self, contents: dict[str, bytes], pace_s: float) -> None:
+        super().__init__()
+        self.lies: dict[str, dict[int, int]] = {}
+        """Digest → position → how many more times."""
+        for model, names in _FILES.items():
+            files = {f"{name}.bin": contents[name] for name in names}
+            self.add_model(f"team/{model}", "indexed", files, indexed=True)
+            self.add_model(f"team/{model}", "plain", files)
+        for content in contents.values():
+            digest = str(Digest.of(content))
+            del self.blobs[digest]
+            self.blob_readers[digest] = (len(content), self._reader(digest, content, pace_s))
+
+    def _reader(self, digest: str, content: bytes, pace_s: float) -> Callable[[int, int], bytes]:
+        def read(offset: int, length: int) -> bytes:
+            time.sleep(pace_s * length / (1 << 20))
+            answer = content[offset : offset + length]
+            with self._lock:
+                for position, times in self.lies.get(digest, {}).items():
+                    if times > 0 and offset <= position < offset + length:
+                        self.lies[digest][position] = times - 1
+                        at = position - offset
+                        answer = answer[:at] + bytes([answer[at] ^ 0x5A]) + answer[at + 1 :]
+            return answer
+
+        return read
+
+    def lie(self, digest: str, position: int, times: int) -> None:
+        with self._lock:
+            self.lies.setdefault(digest, {})[position] = times
+
+    def be_honest(self) -> None:
+        with self._lock:
+            self.lies.clear()
+
+
+@dataclass(slots=True)
+class Slot:
+    """A published volume."""
+
+    name: str
+    target: Path
+    registry: int
+    files: tuple[str, ...]
+    verify: str
+    began: float
+
+
+@dataclass(slots=True)
+class Span:
+    """Something that was so for a while."""
+
+    began: float
+    ended: float = float("inf")
+
+    def overlaps(self, began: float, ended: float) -> bool:
+        return self.began <= ended and began <= self.ended
+
+
+@dataclass(slots=True)
+class Lie:
+    registry: int
+    file: str
+    position: int
+    span: Span
+
+
+@dataclass(slots=True)
+class Memory:
+    """What happened, so that what a reader says can be judged."""
+
+    away: list[Span] = field(default_factory=list)
+    lies: list[Lie] = field(default_factory=list)
+    tainted: list[tuple[int, str]] = field(default_factory=list)
+    """(registry, file): a mount of `whole` or `eager` may have got a lie."""
+
+
+class ReaderProcess:
+    """One `checking_reader`."""
+
+    def __init__(self, seed: int, on_report: Callable[[dict[str, Any]], None]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, checking_reader.__file__, str(seed)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self._on_report = on_report
+        self._number = 0
+        self._done: dict[int, threading.Event] = {}
+        self.reads = 0
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            said = json.loads(line)
+            if "done" in said:
+                self.reads = said["reads"]
+                self._done[said["done"]].set()
+            else:
+                self._on_report(said)
+
+    def tell(self, op: str, **fields: Any) -> threading.Event:
+        self._number += 1
+        event = self._done[self._number] = threading.Event()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(json.dumps({"op": op, "number": self._number, **fields}).encode() + b"\n")
+            self._process.stdin.flush()
+        return event
+
+    def stop(self) -> None:
+        event = self.tell("end")
+        if not event.wait(DEADLINE_S * 3):
+            self._process.kill()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait(DEADLINE_S * 3)
+        self._listener.join()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+class Run:
+    """Use `run`. Everything lies below `directory`, which is removed at the end of a run that went well."""
+
+    def __init__(self, plan: Plan, directory: Path) -> None:
+        self._plan, self._directory = plan, directory
+        chosen = random.Random(plan.seed)
+        self._contents = {name: chosen.randbytes(size) for name, size in _SIZES.items()}
+        self._registries = [PlannedRegistry(self._contents, plan.pace_s) for _ in range(REGISTRIES)]
+        flags = [
+            f"--read-deadline={DEADLINE_S:g}",
+            f"--fuse-backend={plan.backend}",
+            "--patience=3",
+            "--cache-min-free=1",
+        ]
+        if plan.cache_limit:
+            flags.append(f"--cache-limit={plan.cache_limit}")
+        self.node = NodeProcess(directory / "n", *flags)
+        self._memory = Memory()
+        self._slots: dict[int, Slot] = {}
+        self._published = 0
+        self._reports: list[dict[str, Any]] = []
+        self._volumes: dict[str, Slot] = {}
+        self._timers: list[threading.Timer] = []
+        self._readers: list[ReaderProcess] = []
+        self._began = time.monotonic()
+        self._step = "start"
+
+    def run(self) -> int:
+        """How many reads there were. Raises: WrongError."""
+        for model, names in _FILES.items():
+            (self._directory / model).mkdir(parents=True)
+            for name in names:
+                (self._directory / model / f"{name}.bin").write_bytes(self._contents[name])
+        with contextlib.ExitStack() as stack:
+            for registry in self._registries:
+                stack.enter_context(registry)
+            stack.enter_context(self.node)
+            try:
+                for number in range(self._plan.readers):
+                    self._readers.append(ReaderProcess(self._plan.seed * 10 + number, self._reports.append))
+                for step in self._plan.steps:
+                    self._step = str(step)
+                    getattr(self, f"_do_{step.kind}")(**step.fields)
+                    self._judge()
+                self._step = "the end"
+                self._end()
+            finally:
+                for timer in self._timers:
+                    timer.cancel()
+                    timer.join()
+                self._calm()
+                for reader in self._readers:
+                    reader.stop()
+            self._judge()
+            self.node.unpublish_all()
+        shutil.rmtree(self._directory)
+        return sum(reader.reads for reader in self._readers)
+
+    # Steps. Each is one of a plan that may have lost any other, so what it needs may not be there.
+
+    def _do_publish(self, slot: int, registry: int, model: str, indexed: bool, verify: str, ondemand: bool) -> None:
+        self._do_unpublish(slot)
+        self._published += 1
+        name = f"v{self._published}"
+        reference = f"{self._registries[registry].host}/team/{model}:{'indexed' if indexed else 'plain'}"
+        attributes = {} if verify == "default" else {"verify": verify}
+        if ondemand:
+            attributes["prefetch"] = "ondemand"
+        promised = verify if verify != "default" else "chunk" if indexed else "whole"
+        new = Slot(name, self.node.target(name), registry, _FILES[model], promised, time.monotonic())
+        if promised != "chunk":  # what is lied about from here on may be in its cache
+            for lie in self._memory.lies:
+                if lie.registry == registry and lie.span.overlaps(new.began, new.began):
+                    self._memory.tainted.append((registry, lie.file))
+        while True:
+            try:
+                self.node.publish(reference, new.target, name, attributes=attributes)
+                break
+            except grpc.RpcError as exc:
+                problem, now = f"{exc.code()}: {exc.details()}", time.monotonic()
+                waiting = exc.code() in (grpc.StatusCode.ABORTED, grpc.StatusCode.UNAVAILABLE)
+                if (waiting or self._is_away(new.began, now)) and now < new.began + _PREPARE_S:
+                    time.sleep(0.1)
+                    continue
+                if exc.code() is grpc.StatusCode.DATA_LOSS and any(
+                    lie.registry == registry and lie.file in new.files for lie in self._memory.lies
+                ):
+                    return
+                if verify == "eager" and self._plan.cache_limit and exc.code() is grpc.StatusCode.ABORTED:
+                    return  # what others use leaves it no room
+                raise WrongError(f"publish of {reference} ({promised}): {problem}") from None
+        self._slots[slot] = self._volumes[name] = new
+        for reader in self._readers:
+            reader.tell("open", volume=name, mount=str(new.target), plain=str(self._directory / model))
+
+    def _do_unpublish(self, slot: int) -> None:
+        if (old := self._slots.pop(slot, None)) is None:
+            return
+        self._wait([reader.tell("close", volume=old.name) for reader in self._readers])
+        try:
+            self.node.unpublish(old.target, old.name)
+        except grpc.RpcError as exc:
+            raise WrongError(f"unpublish: {exc.code()}: {exc.details()}") from None
+        self._forget_taint()
+
+    def _do_run(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def _do_check(self, slot: int) -> None:
+        if (volume := self._slots.get(slot)) is not None:
+            self._wait([self._readers[0].tell("check", volume=volume.name)])
+
+    def _do_kill(self, role: str, slot: int, after_s: float) -> None:
+        timer = threading.Timer(after_s, self._kill, (role, slot))
+        self._timers.append(timer)
+        timer.start()
+
+    def _kill(self, role: str, slot: int) -> None:
+        now = time.monotonic()
+        self._memory.away.append(Span(now, now + _SLACK_S))
+        for pid in children_of(self.node.pid):
+            with contextlib.suppress(OSError):
+                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if role.encode() in arguments and alive(pid) and (role == "store" or self._serves(pid, slot)):
+                    os.kill(pid, signal.SIGKILL)
+                    return
+
+    def _serves(self, pid: int, slot: int) -> bool:
+        volume = self._slots.get(slot)
+        return volume is not None and any(
+            pid in (mount["worker_pid"], mount["fetcher_pid"])
+            for mount in self.node.status()
+            if str(volume.target) in mount["targets"]
+        )
+
+    def _do_prune(self) -> None:
+        self._cache("prune")
+
+    def _do_verify_cache(self) -> None:
+        self._cache("verify")
+
+    def _cache(self, verb: str) -> dict[str, Any] | None:
+        try:
+            return SupervisorClient(str(self.node.state_dir)).cache(verb)
+        except ControlError:  # the store is being started again
+            return None
+
+    def _do_damage(self, how: str, which: float, at: float) -> None:
+        """Of what no mount uses now."""
+        live = {mount["mount_id"] for mount in self.node.status()}
+        used = {path.stat().st_ino for path in self._cache_files() if live & set(path.parts)}
+        unused = [path for path in self._cache_files() if not live & set(path.parts) and path.stat().st_ino not in used]
+        if not unused:
+            return
+        path = unused[int(which * len(unused))]
+        size = path.stat().st_size
+        match how:
+            case "flip":
+                if size:
+                    with open(path, "r+b") as file:
+                        file.seek(int(at * size))
+                        value = file.read(1)[0]
+                        file.seek(int(at * size))
+                        file.write(bytes([value ^ 0xA5]))
+            case "cut":
+                os.truncate(path, int(at * size))
+            case "empty":
+                os.truncate(path, 0)
+            case "swap":
+                other = path.with_name("other")
+                other.write_bytes(random.Random(size).randbytes(size))
+                shutil.copystat(path, other)
+                os.chown(other, path.stat().st_uid, path.stat().st_gid)
+                other.replace(path)
+            case "remove":
+                path.unlink()
+
+    def _do_cut_live(self, which: float, at: float) -> None:
+        """Of what a mount reads from this instant."""
+        files = [path for path in self._cache_files() if path.stat().st_size > BLOCK_BYTES // 2]
+        if files:
+            path = files[int(which * len(files))]
+            with contextlib.suppress(OSError):
+                os.truncate(path, int(at * path.stat().st_size))
+
+    def _cache_files(self) -> list[Path]:
+        found = []
+        for path in sorted((self.node.data_dir / "cache").rglob("*")):
+            with contextlib.suppress(OSError):
+                if path.is_file() and path.stat().st_size >= 0:
+                    found.append(path)
+        return found
+
+    def _do_fault(self, registry: int, how: str, times: int, at: float) -> None:
+        now = time.monotonic()
+        faults = {
+            "503": Fault("/blobs/", times, status=503),
+            "stall": Fault("/blobs/", times, stall_s=at * 4),
+            "short": Fault("/blobs/", times, cut_at=int(at * 2 * BLOCK_BYTES)),
+            "reset": Fault("/blobs/", times, cut_at=0),
+            "gzip": Fault("/blobs/", times, gzip=True),
+        }
+        if how == "flip":
+            self._lie(registry, "abc"[times - 1], at, times, 3.0)
+            return
+        self._memory.away.append(Span(now, now + _SLACK_S))
+        self._registries[registry].faults.append(faults[how])
+
+    def _do_outage(self, registry: int, seconds: float) -> None:
+        fault = Fault("", times=1 << 30, status=503)
+        span = Span(time.monotonic())
+        self._memory.away.append(span)
+        self._registries[registry].faults.insert(0, fault)
+        time.sleep(seconds)
+        self._registries[registry].faults.remove(fault)
+        span.ended = time.monotonic() + _SLACK_S
+
+    def _do_lie(self, registry: int, file: str, at: float, seconds: float) -> None:
+        self._lie(registry, file, at, 1 << 30, seconds)
+        time.sleep(seconds)
+
+    def _lie(self, registry: int, file: str, at: float, times: int, seconds: float) -> None:
+        lie = Lie(registry, file, int(at * _SIZES[file]), Span(time.monotonic()))
+        self._memory.lies.append(lie)
+        if any(slot.registry == registry and slot.verify != "chunk" for slot in self._slots.values()):
+            self._memory.tainted.append((registry, file))
+        digest = str(Digest.of(self._contents[file]))
+        self._registries[registry].lie(digest, lie.position, times)
+
+        def end() -> None:
+            self._registries[registry].lie(digest, lie.position, 0)
+            lie.span.ended = time.monotonic() + _SLACK_S
+
+        timer = threading.Timer(seconds, end)
+        self._timers.append(timer)
+        timer.start()
+
+    # What holds at the end of every plan.
+
+    def _calm(self) -> None:
+        for registry in self._registries:
+            registry.faults.clear()
+            registry.be_honest()
+        now = time.monotonic()
+        for span in (*self._memory.away, *(lie.span for lie in self._memory.lies)):
+            span.ended = min(span.ended, now + _SLACK_S)
+
+    def _end(self) -> None:
+        for timer in self._timers:
+            timer.join()
+        self._calm()
+        for slot in list(self._slots):
+            self._do_check(slot)
+            self._do_unpublish(slot)
+        self._judge()
+        self._memory.lies.clear()  # from here on there is no excuse
+        self._memory.away.clear()
+        self._cache_surely("df")
+        for number, model in enumerate(_FILES):
+            self._do_publish(number, number % REGISTRIES, model, number != 1, "default", False)
+            self._do_check(number)
+        self._judge()
+        for slot in list(self._slots):
+            self._do_unpublish(slot)
+        verified = self._cache_surely("verify")
+        for path in (self.node.data_dir / "cache").rglob("blobs/sha256-*"):
+            expected = next(c for c in self._contents.values() if Digest.of(c).path_name == path.name)
+            parts = sorted(path.glob("seg-*"))
+            if b"".join(part.read_bytes() for part in parts) != expected:
+                raise WrongError(
+                    f"{verified}, and the store keeps other bytes as proven: {path.name}, "
+                    f"{[(part.name, part.stat().st_size) for part in parts]} for {len(expected)}"
+                )
+        self._cache_surely("prune")
+        if left := self._cache_surely("ls")["entries"]:
+            raise WrongError(f"nothing is published, and prune leaves {left}; mounts: {self.node.status()}")
+
+    def _cache_surely(self, verb: str) -> dict[str, Any]:
+        deadline = time.monotonic() + 60
+        while (answer := self._cache(verb)) is None:
+            if time.monotonic() > deadline:
+                raise WrongError(f"the store does not answer {verb}")
+            time.sleep(0.1)
+        return answer
+
+    # Judging
+
+    def _wait(self, events: list[threading.Event]) -> None:
+        deadline = time.monotonic() + 20 * DEADLINE_S
+        for event in events:
+            if not event.wait(max(0.0, deadline - time.monotonic())):
+                raise WrongError("a reader hangs")
+
+    def _is_away(self, began: float, ended: float) -> bool:
+        return any(span.overlaps(began, ended) for span in self._memory.away)
+
+    def _forget_taint(self) -> None:
+        """A registry whose volumes are all gone, and that is honest, starts anew."""
+        now = time.monotonic()
+        self._memory.tainted = [
+            (registry, file)
+            for registry, file in self._memory.tainted
+            if any(slot.registry == registry and slot.verify != "chunk" for slot in self._slots.values())
+            or any(lie.span.ended > now + _SLACK_S and lie.registry == registry for lie in self._memory.lies)
+        ]
+
+    def _judge(self) -> None:
+        reports, self._reports[:] = list(self._reports), []
+        for report in reports:
+            if not self._is_allowed(report):
+                at = {"began": report["began"] - self._began, "ended": report["ended"] - self._began}
+                raise WrongError(f"{report | at} of {self._volumes[report['volume']]} after {self._step}")
+
+    def _is_allowed(self, report: dict[str, Any]) -> bool:
+        volume = self._volumes[report["volume"]]
+        file, began, ended = report["file"].partition(".")[0], report["began"], report["ended"]
+        first, end = report["offset"], report["offset"] + report["length"]
+        if "errno" in report:
+            if report["errno"] not in ("EIO", "EFAULT") or (report["errno"] == "EFAULT") != (
+                report["way"] == "_mapped"
+            ):
+                return False
+            if ended - began > DEADLINE_S - 0.5 and self._is_away(began, ended):
+                return True
+            if volume.verify != "chunk":
+                return (volume.registry, file) in self._memory.tainted
+            return any(
+                lie.file == file
+                and lie.span.overlaps(began, ended)
+                and first // BLOCK_BYTES <= lie.position // BLOCK_BYTES <= (end - 1) // BLOCK_BYTES
+                for lie in self._memory.lies
+            )
+        if volume.verify != "whole" or report["got_length"] != max(0, min(end, _SIZES[file]) - first):
+            return False
+        made_up = {
+            lie.position: self._contents[file][lie.position] ^ 0x5A
+            for lie in self._memory.lies
+            if lie.file == file and lie.registry == volume.registry
+        }
+        return all(made_up.get(position) == value for position, value in report["differ"])
