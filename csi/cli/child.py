@@ -23,6 +23,9 @@ def add_parser(subparsers: Any) -> None:
         parser.add_argument("--memory-mib", type=int, default=0, help="private memory it may use (0: no limit)")
         parser.add_argument("--uid", type=int, help="become this user before the first message")
         parser.add_argument("--gid", type=int, help="and this group")
+        parser.add_argument(
+            "--nursery", action="store_true", help="fork one for every socket that comes over the socket"
+        )
         parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
         parser.set_defaults(run=run)
 
@@ -37,10 +40,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         from csi.fetcher.main import run as serve
     from csi.jail.confinement import Confinement, Policy, Role
-    from csi.jail.privileges import raise_descriptor_limit
+    from csi.jail.privileges import import_late, raise_descriptor_limit
 
     raise_descriptor_limit()
-    level = Confinement(
+    import_late()
+    confinement = Confinement(
         role=Role(args.verb),
         policy=Policy(args.jail),
         data_dir=args.data_dir,
@@ -48,5 +52,13 @@ def run(args: argparse.Namespace) -> int:
         uid=args.uid,
         gid=args.gid,
         memory_mib=args.memory_mib,
-    ).enter()
-    return serve(args.control_fd, level)
+    )
+
+    def live(control_fd: int) -> int:
+        return serve(control_fd, confinement.enter())
+
+    if args.nursery:
+        from csi.supervisor import nursery
+
+        return nursery.run(args.control_fd, live)
+    return live(args.control_fd)

@@ -128,9 +128,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="MIB",
         help="private memory of one worker or fetcher; one that needs more ends alone (default 1024, 0: no limit)",
     )
-    group.add_argument(
-        "--spares", type=int, default=1, metavar="N", help="workers and fetchers started ahead (default 1)"
-    )
+    group.add_argument("--spares", type=int, default=1, metavar="N", help="workers and fetchers kept ready (default 1)")
 
 
 def flags_of(args: argparse.Namespace) -> list[str]:

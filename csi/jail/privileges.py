@@ -58,13 +58,18 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def import_late() -> None:
+    """What would be imported later, from where the new user cannot read."""
+    for module in _IMPORTED_LATE:
+        importlib.import_module(module)
+
+
 def become(uid: int, gid: int) -> None:
     """Take `uid` and `gid`, no supplementary group, no capability, and no way to get any back.
 
     Raises: OSError when this process may not; PermissionError when root could be had again.
     """
-    for module in _IMPORTED_LATE:
-        importlib.import_module(module)
+    import_late()
     os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)  # from 0 to another uid: the kernel drops every capability

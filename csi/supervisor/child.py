@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 from csi.control import wire
 from csi.errors import ControlError, from_wire
+from csi.supervisor import nursery
 
 log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 2.0
+_START_TIMEOUT_S = 20.0
+_STATUS_PATIENCE_S = 0.5  # a nursery that lives tells at once how a child ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +37,28 @@ class Role:
     flags: tuple[str, ...] = ()
 
 
+class Process(Protocol):
+    """What is needed of a child's process; asyncio's has it."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    @property
+    def returncode(self) -> int | None:
+        """How it ended; None while it runs."""
+
+    async def wait(self) -> int:
+        """Until it has ended: its `returncode`."""
+
+    def kill(self) -> None:
+        """SIGKILL. Raises: ProcessLookupError."""
+
+
 class Child:
     """A running child. Calls may overlap; replies are matched by id. Use from one event loop only."""
 
-    def __init__(self, role: Role, process: asyncio.subprocess.Process, sock: socket.socket) -> None:
+    def __init__(self, role: Role, process: Process, sock: socket.socket) -> None:
         self.role = role
         self.process = process
         self.on_notification: Callable[[wire.Message], None] = lambda message: None
@@ -143,15 +167,114 @@ class Child:
                 reply.set_exception(ControlError(f"{self.role.name} {self.pid} died"))
 
 
-class ChildPool:
-    """Keeps `spares` children of each role started ahead, so that a publish (or a crash) does not wait for an
-    interpreter to start. A spare knows nothing of any mount.
+class ForkedProcess:
+    """A process that a nursery has forked. Takes over `process_fd`."""
+
+    def __init__(self, pid: int, process_fd: int) -> None:
+        self._pid, self._fd = pid, process_fd
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[int] = self._loop.create_future()
+        self._loop.add_reader(process_fd, self._on_end)
+
+    @property
+    def pid(self) -> int:
+        """See `Process.pid`."""
+        return self._pid
+
+    @property
+    def returncode(self) -> int | None:
+        """See `Process.returncode`; -1 when nobody is left who could tell."""
+        return self._ended.result() if self._ended.done() else None
+
+    async def wait(self) -> int:
+        """See `Process.wait`."""
+        return await asyncio.shield(self._ended)
+
+    def kill(self) -> None:
+        """See `Process.kill`."""
+        if self._fd < 0:
+            raise ProcessLookupError(self._pid)
+        signal.pidfd_send_signal(self._fd, signal.SIGKILL)
+
+    def ended(self, status: int) -> None:
+        """It has, the nursery says."""
+        if not self._ended.done():
+            self._ended.set_result(status)
+
+    def _on_end(self) -> None:
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        self._loop.call_later(_STATUS_PATIENCE_S, self.ended, -1)
+
+
+class Nursery:
+    """Children of one role, forked from a process that has imported what they need. Started when first needed, and again
+    when it has died.
     """
 
-    _REFILL_DELAY_S = 10.0  # leave the cores to the reader that has just got its mount
+    def __init__(self, role: Role) -> None:
+        self._role = role
+        self._child: Child | None = None
+        self._starting = asyncio.Lock()
+        self._forked: WeakValueDictionary[int, ForkedProcess] = WeakValueDictionary()
+
+    async def fork(self) -> Child:
+        """A child that answers once it is in its jail. Raises: ControlError."""
+        nursery_child = await self._running()
+        try:
+            return await self._fork_from(nursery_child)
+        except ControlError as exc:
+            log.warning("no %s from its nursery: %s; it is started anew", self._role.name, exc)
+        return await self._fork_from(await self._running(failed=nursery_child))
+
+    async def close(self) -> None:
+        """End the nursery; its children go on."""
+        if self._child is not None:
+            await self._child.stop()
+
+    async def _fork_from(self, nursery_child: Child) -> Child:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        try:
+            fields, fds = await nursery_child.call("fork", _START_TIMEOUT_S, [theirs.fileno()])
+            process = ForkedProcess(wire.field(fields, "pid", int), wire.exactly(fds, 1)[0])
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._forked[process.pid] = process
+        return Child(self._role, process, ours)
+
+    async def _running(self, failed: Child | None = None) -> Child:
+        """The nursery; another one than `failed`."""
+        async with self._starting:
+            if self._child is not None and self._child is failed:
+                self._child.kill()
+                self._child = None
+            if self._child is None or not self._child.alive:
+                role = replace(self._role, flags=(*self._role.flags, nursery.FLAG))
+                self._child = await Child.spawn(role)
+                self._child.on_notification = self._on_exit
+                await self._child.call("ping", _START_TIMEOUT_S)
+            return self._child
+
+    def _on_exit(self, message: wire.Message) -> None:
+        process = self._forked.get(int(message.get("pid", 0)))
+        if message.get("op") == "exited" and process is not None:
+            process.ended(int(message.get("status", -1)))
+
+
+class ChildPool:
+    """Keeps `spares` children of each role ready, so that a publish (or a crash) does not wait even for a fork. A spare knows
+    nothing of any mount.
+    """
+
+    _REFILL_DELAY_S = 2.0  # leave the cores to the reader that has just got its mount
 
     def __init__(self, roles: Sequence[Role], spares: int) -> None:
-        self._roles = {role.name: role for role in roles}
+        self._nurseries = {role.name: Nursery(role) for role in roles}
         self._spares = spares
         self._idle: dict[str, list[Child]] = {role.name: [] for role in roles}
         self._refills: set[asyncio.Task[None]] = set()
@@ -159,7 +282,7 @@ class ChildPool:
 
     async def fill(self) -> None:
         """Start the spares now."""
-        await asyncio.gather(*(self._refill(name, 0) for name in self._roles))
+        await asyncio.gather(*(self._refill(name, 0) for name in self._nurseries))
 
     async def take(self, name: str) -> Child:
         """A live child that nobody else has. Raises: ControlError."""
@@ -169,7 +292,7 @@ class ChildPool:
             if child.alive:
                 break
         else:
-            child = await Child.spawn(self._roles[name])
+            child = await self._nurseries[name].fork()
         if self._spares and not self._closed:
             task = asyncio.create_task(self._refill(name, self._REFILL_DELAY_S))
             self._refills.add(task)
@@ -177,11 +300,12 @@ class ChildPool:
         return child
 
     async def close(self) -> None:
-        """Stop the spares."""
+        """Stop the spares, and what they are forked from."""
         self._closed = True
         for task in self._refills:
             task.cancel()
         await asyncio.gather(*(child.stop() for idle in self._idle.values() for child in idle))
+        await asyncio.gather(*(nursery.close() for nursery in self._nurseries.values()))
 
     async def _refill(self, name: str, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
@@ -189,8 +313,8 @@ class ChildPool:
         idle[:] = [child for child in idle if child.alive]
         while len(idle) < self._spares and not self._closed:
             try:
-                child = await Child.spawn(self._roles[name])
-                await child.call("ping", 20.0)
+                child = await self._nurseries[name].fork()
+                await child.call("ping", _START_TIMEOUT_S)
             except ControlError as exc:
                 log.error("no spare %s: %s", name, exc)
                 return

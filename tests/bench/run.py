@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "deploy" / "demo")]
 
-from bench import backends  # noqa: E402
+from bench import backends, publishes  # noqa: E402
 from bench.backends import cat, drop, timed  # noqa: E402
 from registry_process import RegistryProcess, find_or_install_registry  # noqa: E402
 from support.node_process import COMMAND, NodeProcess, children_of  # noqa: E402
@@ -121,6 +121,7 @@ def measure(directory: Path, tools: Path, size: int, rounds: int) -> list[Row]:
     plain: list[float] = []
     sizes: dict[str, tuple[int, int]] = {}
     of_backends: list[tuple[str, float, str]] = []
+    of_publishes: publishes.Rows = []
     try:
         print(f"pushing a model of {size / _GIB:.1f} GiB", flush=True)
         reference, url = push_random_model(registry, directory / "source", size)
@@ -155,6 +156,8 @@ def measure(directory: Path, tools: Path, size: int, rounds: int) -> list[Row]:
             print(f"round {number + 1}: cold {cold[-1]:.2f} s, curl and cat {baseline[-1]:.2f} s", flush=True)
         print("the two FUSE backends", flush=True)
         of_backends = backends.measure(directory, reference, size, rounds)
+        print("many publishes at once", flush=True)
+        of_publishes = publishes.measure(directory, registry)
     finally:
         registry.stop()
     gib = size / _GIB
@@ -168,7 +171,7 @@ def measure(directory: Path, tools: Path, size: int, rounds: int) -> list[Row]:
         Row.against("second read, FUSE pages dropped / cat of the cache", statistics.median(warm_ratios), "ratio", 4.0),
         Row("second read, FUSE pages dropped", round(gib / statistics.median(warm), 2), "GiB/s"),
     ]
-    rows += [Row(*row) for row in of_backends]
+    rows += [Row(*row) for row in (*of_backends, *of_publishes)]
     for name, (rss, pss) in sizes.items():
         rows.append(Row(f"RSS {name}", round(rss / 1024, 1), "MiB"))
         rows.append(Row(f"Pss {name}", round(pss / 1024, 1), "MiB"))
