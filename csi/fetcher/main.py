@@ -2,6 +2,7 @@
 
     resolve      a reference in, the manifest's bytes and digest out, and whether the model has a block index (also the
                  access check of a later volume)
+    known        the same for a manifest that is on this node already: nobody is asked
     start        where the blobs come from, the mount's cache area, how to verify; from here on the process serves one
                  mount
     prove        whether our registry has the model's blobs, and not only its manifest
@@ -49,7 +50,7 @@ from csi.fetcher.possession import known_origins, prove_possession, remember_ori
 from csi.integrity.index import BlobHashes, BlockIndex
 from csi.jail.confinement import Level, Role, narrow_to
 from csi.oci.digest import Digest
-from csi.oci.manifest import parse_manifest
+from csi.oci.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from csi.oci.reference import Reference
 from csi.registry.address_rules import AddressRules
 from csi.registry.client import RegistrySource
@@ -121,6 +122,8 @@ class Fetcher:
                 case "resolve":
                     # In a thread: a registry that does not answer must not keep credentials or stats waiting.
                     threading.Thread(target=self._resolve, args=(request, fds), daemon=True, name="resolve").start()
+                case "known":
+                    self._use_known(request, wire.exactly(fds, 1)[0])
                 case "start":
                     layers_fd = self._start(request, fds)
                     assert self._area_fd is not None
@@ -187,16 +190,28 @@ class Fetcher:
                     prove_possession(source, self._index)
             finally:
                 source.close()
-            self._resolved = manifest
-            indexed = has_index(manifest.data)
-            manifest_fd = wire.memfd("manifest", manifest.data)
+            self._say_resolved(request, manifest)
         except ModelMountError as exc:
             self._reply(wire.failed(request, exc))
-            return
         except Exception as exc:
             log.exception("resolve failed by a bug")
             self._reply(wire.failed(request, exc))
-            return
+
+    def _use_known(self, request: wire.Message, manifest_fd: int) -> None:
+        """Raises: DigestMismatchError for bytes that are not what their digest names."""
+        digest = Digest.parse(wire.field(request, "digest", str))
+        try:
+            data = wire.read_all(manifest_fd, MAX_MANIFEST_BYTES, "manifest")
+        finally:
+            os.close(manifest_fd)
+        if Digest.of(data, digest.algorithm) != digest:
+            raise DigestMismatchError(f"kept manifest {digest.short()}: has other bytes", subject=str(digest))
+        self._say_resolved(request, ManifestBytes(data, wire.field(request, "media_type", str), digest))
+
+    def _say_resolved(self, request: wire.Message, manifest: ManifestBytes) -> None:
+        self._resolved = manifest
+        indexed = has_index(manifest.data)
+        manifest_fd = wire.memfd("manifest", manifest.data)
         try:
             self._reply(
                 wire.ok(request, digest=str(manifest.digest), media_type=manifest.media_type, indexed=indexed),

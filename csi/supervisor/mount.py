@@ -27,7 +27,14 @@ from typing import Any
 from csi.control import wire
 from csi.control.keeper import KeptMount
 from csi.credentials import Credentials, to_wire, united, within_limits
-from csi.errors import ControlError, DigestMismatchError, InvalidVolumeError, ModelMountError, MountError
+from csi.errors import (
+    ControlError,
+    DigestMismatchError,
+    InvalidVolumeError,
+    ModelMountError,
+    MountError,
+    RegistryUnavailableError,
+)
 from csi.fuse.handshake import RESEND_MESSAGE, BackendName
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
@@ -36,6 +43,7 @@ from csi.supervisor.build import BuildPhase, SentManifest
 from csi.supervisor.child import Child, ChildPool
 from csi.supervisor.hosts import read_hosts
 from csi.supervisor.kept import KeptMounts
+from csi.supervisor.manifests import MAX_BYTES, KeptManifest, KeptManifests
 from csi.supervisor.ownership import give
 from csi.supervisor.settings import SupervisorSettings
 from csi.supervisor.store_link import StoreLink
@@ -87,6 +95,7 @@ class Mount:
         pool: ChildPool,
         store: StoreLink,
         settings: SupervisorSettings,
+        manifests: KeptManifests,
     ) -> None:
         self.key = key
         self.mount_id = key.mount_id
@@ -100,6 +109,7 @@ class Mount:
         self.worker_restarts = 0
         self.fetcher_restarts = 0
         self._keeper, self._pool, self._store, self._settings = keeper, pool, store, settings
+        self._manifests = manifests
         self._asides: set[asyncio.Task[None]] = set()
         self.indexed = False
         self.wanted_at = 0.0
@@ -191,9 +201,16 @@ class Mount:
     async def _fetch_manifest(self, digest: Digest) -> SentManifest:
         if self._fetcher is None:
             raise ControlError(f"mount {self.mount_id[:8]}: its fetcher is gone; try again")
-        child = await resolve(
-            self._fetcher, self.reference.with_digest(digest), self._first_credentials, self._settings
-        )
+        try:
+            child = await resolve(
+                self._fetcher, self.reference.with_digest(digest), self._first_credentials, self._settings
+            )
+            self._manifests.keep(self.key.domain, kept_of(child))
+        except RegistryUnavailableError:
+            kept = self._manifests.get(self.key.domain, digest)
+            if kept is None:
+                raise
+            child = await resolve_known(self._fetcher, kept)
         return SentManifest(child.manifest_fd, child.media_type)
 
     async def use_first_credentials(self, credentials: Credentials) -> None:
@@ -658,8 +675,29 @@ async def resolve(
         )
     finally:
         wire.close_all(layout_fds)
+    return _resolved(fields, fds)
+
+
+async def resolve_known(fetcher: Child, manifest: KeptManifest) -> Resolved:
+    """The same for a manifest that is on this node: no registry is asked. Raises: ControlError."""
+    manifest_fd = wire.memfd("manifest", manifest.data)
+    try:
+        fields, fds = await fetcher.call(
+            "known", _STORE_TIMEOUT_S, [manifest_fd], digest=str(manifest.digest), media_type=manifest.media_type
+        )
+    finally:
+        os.close(manifest_fd)
+    return _resolved(fields, fds)
+
+
+def kept_of(model: Resolved) -> KeptManifest:
+    """What of it to keep."""
+    return KeptManifest(model.digest, model.media_type, wire.read_all(model.manifest_fd, MAX_BYTES, "manifest"))
+
+
+def _resolved(fields: dict[str, Any], fds: list[int]) -> Resolved:
     return Resolved(
-        fds[0],
+        wire.exactly(fds, 1)[0],
         wire.field(fields, "media_type", str),
         Digest.parse(wire.field(fields, "digest", str)),
         wire.field(fields, "indexed", bool),

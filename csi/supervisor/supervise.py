@@ -32,9 +32,10 @@ from csi.oci.digest import Digest
 from csi.oci.reference import Reference
 from csi.oci.view import View
 from csi.supervisor.access import AccessRecords, Caller, Model
-from csi.supervisor.child import ChildPool, Role
+from csi.supervisor.child import Child, ChildPool, Role
 from csi.supervisor.kept import KeptMounts
-from csi.supervisor.mount import Lease, Mount, resolve
+from csi.supervisor.manifests import KeptManifests
+from csi.supervisor.mount import Lease, Mount, Resolved, kept_of, resolve, resolve_known
 from csi.supervisor.node_credentials import NodeCredentials
 from csi.supervisor.settings import SupervisorSettings
 from csi.supervisor.store_link import StoreLink
@@ -70,6 +71,7 @@ class Supervisor:
         self._store = StoreLink(settings, self._on_store_message)
         self._mounts: dict[str, Mount] = {}
         self._access = AccessRecords(os.path.join(settings.data_dir, "access"), settings.access_life_s)
+        self._manifests = KeptManifests(os.path.join(settings.data_dir, "manifests"), settings.access_life_s)
         self._asking: dict[int, asyncio.Task[None]] = {}
         self._expiries: dict[str, asyncio.Task[None]] = {}
         self._following: asyncio.Task[None] | None = None
@@ -127,6 +129,7 @@ class Supervisor:
         # One at a time per reference: the first makes the mount, the others find it.
         credentials = await self._node_credentials.after(credentials, wanted)
         caller = _caller(credentials, service_account)
+        is_asked = False
         async with self._lock(f"{domain} {wanted}"):
             mount = self._find(wanted, verify, view, domain)
             if mount is not None and mount.failure is not None:  # it failed while nobody waited
@@ -137,10 +140,11 @@ class Supervisor:
                 if lease is None or lease.credentials != credentials:
                     await self._allow(mount, wanted, credentials, caller)
             else:
-                mount = await self._create(wanted, verify, prefetch, view, credentials, domain)
-                self._access.grant(_model(mount, wanted), caller)
+                mount, is_asked = await self._create(wanted, verify, prefetch, view, credentials, domain, caller)
         if mount.kept is None:  # new, or made again for the leases of one that was lost
             await self._until_ready(mount, credentials)
+        if is_asked:  # not before the mount is ready: until then its registry has shown a manifest, which proves little
+            self._access.grant(_model(mount, wanted), caller)
         if mount.key.verify is Verify.EAGER and not mount.leases:
             await self._until_verified(mount)
         async with self._lock(f"{domain} {wanted}"):
@@ -312,10 +316,12 @@ class Supervisor:
         view: View,
         credentials: Credentials,
         domain: str,
-    ) -> Mount:
+        caller: Caller,
+    ) -> tuple[Mount, bool]:
+        """The mount, and whether its registry was asked for it now."""
         fetcher = await self._pool.take("fetcher")
         try:
-            model = await resolve(fetcher, wanted, credentials, self._settings)
+            model, is_asked = await self._resolve(fetcher, wanted, credentials, domain, caller)
         except BaseException:
             fetcher.kill()
             raise
@@ -336,17 +342,46 @@ class Supervisor:
                     await fetcher.stop()
                     if held.key.origin is None:
                         await held.access(wanted, credentials)
-                    return held
+                    return held, is_asked
                 if held is not None:
                     await held.close()
-                mount = Mount(key, wanted, self._keeper, self._pool, self._store, self._settings)
+                mount = Mount(key, wanted, self._keeper, self._pool, self._store, self._settings, self._manifests)
                 mount.prepare(fetcher, model, credentials, prefetch)
                 if held is not None:
                     mount.leases.update(held.leases)
                 self._mounts[key.mount_id] = mount
-                return mount
+                return mount, is_asked
         finally:
             os.close(model.manifest_fd)
+
+    async def _resolve(
+        self, fetcher: Child, wanted: Reference, credentials: Credentials, domain: str, caller: Caller
+    ) -> tuple[Resolved, bool]:
+        """What the reference names, and whether its registry said so now. A digest whose manifest is kept
+        here needs no registry for a caller who could read it within the last minute, nor, while its registry is down, for one
+        of whom there is a record.
+
+        Raises: what the registry answered.
+        """
+        kept = model = None
+        if wanted.digest is not None and (kept := self._manifests.get(domain, wanted.digest)) is not None:
+            model = Model(domain, wanted.origin, wanted.digest)
+        age_s = self._access.age_s(model, caller) if model is not None else None
+        if kept is not None and age_s is not None and age_s < _FRESH_S:
+            return await resolve_known(fetcher, kept), False
+        try:
+            found = await resolve(fetcher, wanted, credentials, self._settings)
+        except RegistryUnavailableError as exc:
+            if kept is None or age_s is None:
+                raise
+            log.warning("%s: %s; this caller could read it %.0f minutes ago, so it may", wanted, exc, age_s / 60)
+            return await resolve_known(fetcher, kept), False
+        except (RegistryAuthError, ModelNotFoundError):
+            if model is not None:
+                self._access.revoke(model, caller)
+            raise
+        self._manifests.keep(domain, kept_of(found))
+        return found, True
 
     async def _end_lease(self, mount: Mount, target_path: str) -> None:
         await mount.drop_lease(target_path)

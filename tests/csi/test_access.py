@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -83,6 +84,52 @@ def test_while_the_registry_is_down_only_who_could_read_it_may(
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     modelmount_node.unpublish(first, "vol-1")
     modelmount_node.unpublish(again, "vol-2")
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_model_that_nobody_has_mounted_is_there_again_without_its_registry_for_who_could_read_it(
+    tmp_path: Path, private: FakeRegistry, indexed: bool
+) -> None:
+    digest = private.add_model("team/model", "v1", FILES, indexed=indexed)
+    by_tag, by_digest = f"{private.host}/team/model:v1", f"{private.host}/team/model@{digest}"
+    with NodeProcess(tmp_path, "--spares=0", "--read-deadline=5") as node:
+        first, again, stranger, tag = (node.target(name) for name in ("first", "again", "stranger", "tag"))
+        node.publish(by_digest, first, "vol-1", secrets=SECRET)
+        assert (first / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+        eventually(lambda: all(one["state"] == "verified" for one in node.status()[0]["progress"]["blobs"]))
+        node.unpublish(first, "vol-1")
+        assert node.status() == []
+        private.faults.append(Fault(match="/", status=503, times=1_000_000))
+        node.stop()
+        node.start()
+        node.publish(by_digest, again, "vol-2", secrets=SECRET)
+        assert (again / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+        node.unpublish(again, "vol-2")
+        for secrets in (None, {"username": "tenant-b", "password": "of-tenant-b"}):
+            error = refusal(partial(node.publish, by_digest, stranger, "vol-3", secrets=secrets))
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+        error = refusal(lambda: node.publish(by_tag, tag, "vol-4", secrets=SECRET))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE, "what a tag names now only its registry can say"
+        assert node.status() == []
+
+
+def test_a_registry_that_has_only_the_manifest_leaves_no_record_that_opens_the_model_later(
+    modelmount_node: NodeProcess,
+) -> None:
+    with FakeRegistry(SECRET["username"], SECRET["password"]) as owner, FakeRegistry() as other:
+        digest = owner.add_model("team/model", "v1", FILES, indexed=True)
+        other.manifests |= owner.manifests
+        mine, theirs = modelmount_node.target("mine"), modelmount_node.target("theirs")
+        claimed = f"{other.host}/team/model@{digest}"
+        refusal(lambda: modelmount_node.publish(claimed, theirs, "vol-b"))
+        modelmount_node.publish(f"{owner.host}/team/model@{digest}", mine, "vol-a", secrets=SECRET)
+        refusal(lambda: modelmount_node.publish(claimed, theirs, "vol-b"))
+        other.faults.append(Fault(match="/", status=503, times=1_000_000))
+        assert refusal(lambda: modelmount_node.publish(claimed, theirs, "vol-b")).code() is grpc.StatusCode.UNAVAILABLE
+        assert not theirs.exists()
+        modelmount_node.unpublish(mine, "vol-a")
+        refusal(lambda: modelmount_node.publish(claimed, theirs, "vol-b"))
+        assert not theirs.exists()
 
 
 def test_a_republish_that_may_not_read_any_more_is_ok_and_shows_as_health(

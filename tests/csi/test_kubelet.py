@@ -375,7 +375,9 @@ def test_an_unpublish_is_repeated_until_the_keeper_is_back(own_machine: Machine,
 
 
 @pytest.mark.parametrize("run_is_tmpfs", [True, False])
-def test_after_a_reboot_pods_get_the_same_bytes_though_the_tag_moved(own_machine: Machine, run_is_tmpfs: bool) -> None:
+def test_after_a_reboot_pods_get_the_same_bytes_though_the_tag_moved_and_the_registry_is_gone(
+    own_machine: Machine, run_is_tmpfs: bool
+) -> None:
     """kubelet's directories are there, every process and mount is gone, and the kernel says another boot id."""
     kubelet = own_machine.kubelet
     with FakeRegistry() as registry:
@@ -386,10 +388,12 @@ def test_after_a_reboot_pods_get_the_same_bytes_though_the_tag_moved(own_machine
         )
         kubelet.run(stays, goes)
         assert shows(kubelet, stays) == FILES["weights/model.safetensors"]
+        eventually(lambda: all(one["state"] == "verified" for one in own_machine.node.status()[0]["progress"]["blobs"]))
         registry.add_model("team/model", "prod", {"weights/model.safetensors": b"another version"})
         own_machine.switch_off(run_is_tmpfs=run_is_tmpfs)
         assert own_machine.mounts() == []
         kubelet.pods.pop(goes.uid)  # deleted while the machine was off: it has to be cleared away
+        registry.faults.append(Fault(match="/", status=503, times=1_000_000))
         own_machine.switch_on()
         kubelet.advance(5)
         assert kubelet.is_mounted(stays), kubelet.events_of(stays)
@@ -397,6 +401,9 @@ def test_after_a_reboot_pods_get_the_same_bytes_though_the_tag_moved(own_machine
         assert shows(kubelet, stays) == FILES["weights/model.safetensors"]
         new = pod_of(f"{registry.host}/team/model:prod", "new")
         kubelet.run(new)
+        assert not kubelet.is_mounted(new), "what the tag names now only its registry can say"
+        registry.faults.clear()
+        kubelet.advance(5)
         assert shows(kubelet, new) == b"another version"
         kubelet.delete(stays, new)
         kubelet.advance(10)
