@@ -21,7 +21,7 @@ from csi.stream import blocks
 _HASH_BYTES = 32
 
 
-class _OpenSegment:
+class _OpenFile:
     """A descriptor that is closed with the last reference: a read in another thread may still use it when it is replaced,
     and must not find another file under its number.
     """
@@ -36,9 +36,9 @@ class _OpenSegment:
 
 
 class _MappedBlob:
-    """The block map, mapped; segments opened when first used. Borrows `area_fd`.
+    """The block map, mapped; files with the bytes opened when first used. Borrows `area_fd`.
 
-    Two descriptors per blob (Python's mmap keeps one): a model may have thousands of files.
+    Two descriptors per blob (Python's mmap keeps one) and one per segment of its own: a model may have thousands of files.
     """
 
     def __init__(self, area_fd: int, name: str, map_fd: int, size_bytes: int, *, writable: bool) -> None:
@@ -49,7 +49,8 @@ class _MappedBlob:
         self.block_count = blocks.block_count(size_bytes)
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self._map = mmap.mmap(map_fd, fmt.HEADER_BYTES + self.block_count, mmap.MAP_SHARED, protection)
-        self._segments: dict[int, _OpenSegment] = {}
+        self._segments: dict[int, tuple[_OpenFile, int]] = {}  # and where in the file the segment begins
+        self._shared: _OpenFile | None = None
         self._generation = self._map[fmt.GENERATION_OFFSET]
 
     @property
@@ -82,10 +83,10 @@ class _MappedBlob:
         when the segment is missing.
         """
         segment, at = offset // blocks.SEGMENT_BYTES, offset % blocks.SEGMENT_BYTES
-        opened = self._opened(segment)  # held until the read is done
-        return os.preadv(opened.fd, buffers, at, flags)
+        opened, start = self._opened(segment)  # held until the read is done
+        return os.preadv(opened.fd, buffers, start + at, flags)
 
-    def _opened(self, segment: int) -> _OpenSegment:
+    def _opened(self, segment: int) -> tuple[_OpenFile, int]:
         if (generation := self._map[fmt.GENERATION_OFFSET]) != self._generation:
             self.forget_segments()
             self._generation = generation
@@ -98,13 +99,20 @@ class _MappedBlob:
             opened = self._segments.setdefault(segment, opened)
         return opened
 
-    def _open(self, segment: int) -> _OpenSegment:
-        path = f"{self._name}/{fmt.segment_name(segment)}"
-        return _OpenSegment(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._area_fd))
+    def _open(self, segment: int) -> tuple[_OpenFile, int]:
+        """The mount's own file of that segment; where it has none, the proven blob."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._open_file(fmt.segment_name(segment)), 0
+        shared = self._shared = self._shared or self._open_file(fmt.DATA_NAME)
+        return shared, segment * blocks.SEGMENT_BYTES
+
+    def _open_file(self, name: str) -> _OpenFile:
+        path = f"{self._name}/{name}"
+        return _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._area_fd))
 
     def forget_segments(self) -> None:
         """Open them anew at the next use: what they were may have been replaced."""
-        self._segments = {}
+        self._segments, self._shared = {}, None
 
     def close(self) -> None:
         """Idempotent."""
@@ -141,7 +149,7 @@ class BlockWrite:
 
     __slots__ = ("_blob", "_block", "_generation", "_offset", "_opened")
 
-    def __init__(self, blob: BlobWriter, block: int, opened: _OpenSegment, generation: int) -> None:
+    def __init__(self, blob: BlobWriter, block: int, opened: _OpenFile, generation: int) -> None:
         self._blob, self._block, self._opened, self._generation = blob, block, opened, generation
         self._offset = blocks.segment_of(block)[1]
 
@@ -172,11 +180,11 @@ class BlobWriter(_MappedBlob):
     ) -> None:
         super().__init__(area_fd, name, map_fd, size_bytes, writable=True)
         self._allowance = allowance
-        self._writable: dict[int, _OpenSegment] = {}
+        self._writable: dict[int, _OpenFile] = {}
         self._allocating = threading.Lock()
         self._replacing = threading.Lock()  # held for no longer than it takes to change a mark or a name
         self.hashes: bytes | None = None
-        """BLAKE3 of every block where the segments are those of a proven blob."""
+        """BLAKE3 of every block where what has no segment of its own is in a proven blob."""
 
     @classmethod
     def open(
@@ -210,6 +218,7 @@ class BlobWriter(_MappedBlob):
             os.close(map_fd)
         if hashes is not None:
             writer._use_shared(hashes)
+            writer._remove_segments()  # not before: a reader goes by the marks
         elif recheck:
             found = writer._map[fmt.HEADER_BYTES :]
             writer._map[fmt.HEADER_BYTES :] = found.translate(_ALL_KEPT)
@@ -266,7 +275,7 @@ class BlobWriter(_MappedBlob):
         """
         try:
             for segment in range(-(-self.size_bytes // blocks.SEGMENT_BYTES)):
-                os.fdatasync(self._opened(segment).fd)
+                os.fdatasync(self._opened(segment)[0].fd)
         except OSError as exc:
             raise CacheError(f"cache sync failed: {exc.strerror}") from exc
         self._map.flush()
@@ -282,12 +291,18 @@ class BlobWriter(_MappedBlob):
         self._map[fmt.STATE_OFFSET] = BlobState.POISONED
         self._map[fmt.HEADER_BYTES :] = bytes(self.block_count)
 
-    def adopt(self, digest: Digest) -> bool:
-        """The segments may have been replaced by those of a proven blob. True when they were."""
+    def adopt(self, digest: Digest, known: bytes | None) -> bool:
+        """The store may have put a proven blob beside what we have. True when it is used from now on: not when its hashes are
+        not those that are `known` of the blob's blocks.
+        """
         hashes = _shared_hashes(self._area_fd, digest, self.size_bytes)
         if hashes is None or self.hashes is not None or self.state is BlobState.POISONED:
             return False
+        if known is not None and known != hashes:
+            return False
+        self._remove_segments()  # what was in one of them is read from the proven blob
         with self._replacing:
+            self._remove_segments()  # those that were made meanwhile
             if self.stored_blocks() == self.block_count:  # the same bytes, and the store has hashed them
                 self.hashes = hashes
                 self._writable.clear()
@@ -303,24 +318,46 @@ class BlobWriter(_MappedBlob):
         self._map[fmt.STATE_OFFSET] = BlobState.VERIFIED
         self._next_generation()
 
+    def _remove_segments(self) -> None:
+        """So that the proven blob is read. One that stays costs a check at worst."""
+        with contextlib.suppress(OSError):
+            directory_fd = os.open(self._name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._area_fd)
+            try:
+                for name in filter(fmt.is_segment, os.listdir(directory_fd)):
+                    os.unlink(name, dir_fd=directory_fd)
+            finally:
+                os.close(directory_fd)
+
     def _next_generation(self) -> None:
         self._map[fmt.GENERATION_OFFSET] = (self._map[fmt.GENERATION_OFFSET] + 1) % 256
 
-    def _allocate(self, segment: int, block: int) -> _OpenSegment | None:
+    def _allocate(self, segment: int, block: int) -> _OpenFile | None:
         """A segment to write that block to; None when the block is to be checked first after all."""
-        path = f"{self._name}/{fmt.segment_name(segment)}"
-        try:
-            fd = self._create(path)
-        except (PermissionError, IsADirectoryError):
-            fd = self._put_aside(path, segment, block)
-        if fd < 0:
-            return None
+        with self._replacing:
+            if self.is_kept(block):
+                return None
+            fd = self._open_own(segment)
         try:
             self._make_whole(fd, segment, known=False)
         except BaseException:
             os.close(fd)
             raise
-        return self._writable.setdefault(segment, _OpenSegment(fd))  # another thread may have been first
+        return self._writable.setdefault(segment, _OpenFile(fd))  # another thread may have been first
+
+    def _open_own(self, segment: int) -> int:
+        """The segment's file, made where there is none: from then on nothing of the segment is read from the proven blob. A
+        file that is not ours to write is put aside, and nothing of it counts any more.
+        """
+        path = f"{self._name}/{fmt.segment_name(segment)}"
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                return os.open(path, flags, dir_fd=self._area_fd)
+            except (PermissionError, IsADirectoryError):
+                os.rename(path, f"{path}.aside", src_dir_fd=self._area_fd, dst_dir_fd=self._area_fd)
+        if self._forget(segment, 0):
+            self._next_generation()  # before the new file is there: who reads that one sees that it moved on
+        return os.open(path, flags | os.O_CREAT, fmt.FILE_MODE, dir_fd=self._area_fd)
 
     def _make_whole(self, fd: int, segment: int, *, known: bool) -> None:
         """As long as it should be. What somebody has cut off is forgotten first: behind its marks zeros would be read, and a
@@ -347,24 +384,6 @@ class BlobWriter(_MappedBlob):
         for block in lost:
             self.drop(block)
         return bool(lost)
-
-    def _put_aside(self, path: str, segment: int, block: int) -> int:
-        """The segment is not ours to write: a link to a proven blob, or something that somebody put there. Nothing of it
-        counts any more, and a file of our own takes its place. -1 when the block to be written was adopted meanwhile.
-        """
-        with self._replacing:
-            if self.is_kept(block):
-                return -1
-            with contextlib.suppress(PermissionError, IsADirectoryError):
-                return self._create(path)  # another thread was first
-            self._forget(segment, 0)
-            os.rename(path, f"{path}.aside", src_dir_fd=self._area_fd, dst_dir_fd=self._area_fd)
-            self._next_generation()  # before the new file is there: who reads that one sees that it moved on
-            return self._create(path)
-
-    def _create(self, path: str) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.open(path, flags, fmt.FILE_MODE, dir_fd=self._area_fd)
 
 
 def make_directory(area_fd: int, digest: Digest) -> None:

@@ -3,10 +3,12 @@
     map         header (64 bytes) and one byte per 4 MiB block, a `Mark`
     seg-00000   bytes of the blocks 0 to 15, allocated as a whole (posix_fallocate: writing into a hole costs four
     seg-00001   times the CPU), and so on
+    data        the whole blob in one file: a link to what the store has proven, which nobody can write. It has the bytes of
+                every segment that is not there
     index       of an archive layer: what is in it, see `csi.oci.archive.layer_index`
     decoded     of a layer that can only be decoded from its start: the result, complete when there is an index
-    hashes      BLAKE3 of every block, 32 bytes each: the segments are links to a blob that the store has proven, they
-                cannot be written, and every block is checked before it is read
+    hashes      BLAKE3 of every block of `data`, 32 bytes each; made known to the mount after `data`. Every block is checked
+                before it is read
 
 The map is shared memory between the one writer and any number of readers. A block is marked after its bytes are
 in the segment, so a process that dies at any instant loses at most unmarked blocks. A machine that dies may lose
@@ -27,17 +29,19 @@ from enum import IntEnum
 from csi.errors import CacheError
 from csi.oci.digest import Digest
 
-VERSION = 1
+VERSION = 2
 MAP_NAME = "map"
 # The group is the store's, which links and removes; workers are others. Nobody but these reaches the directories above.
 FILE_MODE = 0o644
+DATA_NAME = "data"
 HASHES_NAME = "hashes"
+_SEGMENT_PREFIX = "seg-"
 _MAGIC = b"MMBLKMAP"
 _HEADER = struct.Struct("<8sHHIQQBB14x16s")  # magic version pad block_bytes size blocks state generation boot_id
 HEADER_BYTES = _HEADER.size
 STATE_OFFSET = 32
 GENERATION_OFFSET = 33
-"""Moves on when the file of a segment is replaced by another: then readers open their segments again."""
+"""Moves on when the bytes of a segment are in another file than before: then readers open their files again."""
 
 
 class BlobState(IntEnum):
@@ -92,7 +96,12 @@ def unpack_header(data: bytes | memoryview) -> MapHeader:
 
 def segment_name(segment: int) -> str:
     """`seg-00012`."""
-    return f"seg-{segment:05d}"
+    return f"{_SEGMENT_PREFIX}{segment:05d}"
+
+
+def is_segment(name: str) -> bool:
+    """Whether a file of that name is one of a mount's own segments, or was."""
+    return name.startswith(_SEGMENT_PREFIX)
 
 
 def domain_path(domain: str) -> str:

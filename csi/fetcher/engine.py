@@ -198,7 +198,8 @@ class FetchEngine:
     def adopt_shared(self, blob: int) -> None:
         """The store may have put a proven blob in place of what we have, or had not yet."""
         writer, spec = self._writers[blob], self._specs[blob]
-        if writer.adopt(spec.digest) and writer.hashes is not None:
+        known = self._hashes[blob]
+        if writer.adopt(spec.digest, known.hashes if known else None) and writer.hashes is not None:
             with self._lock:
                 if self._hashes[blob] is None:
                     self._hashes[blob] = BlobHashes(spec.digest, spec.size_bytes, writer.hashes)
@@ -666,7 +667,7 @@ def _read_stored(writer: BlobWriter, block: int, view: memoryview) -> None:
     while view:
         count = writer.read_into([view], offset)
         if count == 0:
-            raise CacheError("a cache segment is shorter than its blob")
+            raise CacheError("a cache file is shorter than its blob")
         view, offset = view[count:], offset + count
 
 

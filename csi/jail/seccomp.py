@@ -62,7 +62,8 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
 # fmt: on
 
 _CLONE_THREAD = 0x10000
-_HARMLESS_IOCTLS = (0x5401, 0x5421, 0x541B, 0x5450, 0x5451)  # TCGETS FIONBIO FIONREAD FIONCLEX FIOCLEX
+# TCGETS FIONBIO FIONREAD FIONCLEX FIOCLEX, and FICLONERANGE, which writes to a file that is open for it
+_HARMLESS_IOCTLS = (0x5401, 0x5421, 0x541B, 0x5450, 0x5451, 0x4020940D)
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16  # netlink: getaddrinfo asks which families there are
 
 _NETWORK = {"socket", "connect", "bind", "sendmmsg", "recvmmsg"}

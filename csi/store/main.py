@@ -1,6 +1,6 @@
 """`modelmount store`: started by the supervisor with one socket; parses nothing that came from a registry.
 
-    start    the domain's cache directory, the limits
+    start    the domain's cache directory, the limits; directories of other layouts, which are emptied
     attach   a mount begins: what is proven is linked into its area; answers what its registry has to show first
     prove    a mount's registry has delivered the block it was asked for
     promote  a mount has a blob complete: hash it, share it. Answered at once; `shared` or `wrong` is said later
@@ -13,6 +13,7 @@ One thread reads the socket; another does what takes long (hashing, copying, ver
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from csi.control import wire
 from csi.errors import CacheError, ControlError, DigestMismatchError, ModelMountError, to_wire
 from csi.jail.confinement import Level
 from csi.oci.digest import Digest
+from csi.store import leftovers
 from csi.store.eviction import Entry, Kind, Limits, evict_for, room
 from csi.store.shelf import Shelf, parse_blobs
 
@@ -73,7 +75,11 @@ class Store:
                 wire.close_all(fds)
                 return {"pid": os.getpid(), "jail": self._jail.as_fields()}
             case "start":
-                self._shelf = Shelf(wire.exactly(fds, 1)[0])
+                if not fds:
+                    raise ControlError("store: start needs the domain's directory")
+                self._shelf = Shelf(fds[0])
+                for directory_fd in fds[1:]:
+                    self._work.put(functools.partial(_remove_old, directory_fd))
                 self._limits = Limits(
                     max_bytes=wire.field(request, "max_bytes", int), min_free=wire.field(request, "min_free", float)
                 )
@@ -240,6 +246,14 @@ class Store:
                 wire.send(self._control, message, fds)
             except OSError as exc:
                 log.warning("supervisor not reachable: %s", exc)
+
+
+def _remove_old(directory_fd: int) -> None:
+    try:
+        if freed := leftovers.remove(directory_fd):
+            log.info("removed %d bytes of a cache in another layout", freed)
+    finally:
+        os.close(directory_fd)
 
 
 def _described(entry: Entry) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The cache of one trust domain on disk, as the store sees it:
 
-    blobs/<digest>/    proven blobs, ours alone to write: seg-*, hashes (BLAKE3 of every block), about (JSON)
+    blobs/<digest>/    proven blobs, ours alone to write: data (one file), hashes (BLAKE3 of every block), about (JSON)
     blobs/pins         JSON: digest → label
     mounts/<id>/       what each mount fetched; its fetcher writes there, and so may we
 
@@ -20,6 +20,7 @@ import mmap
 import os
 import random
 import shutil
+import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ from csi.oci.digest import Digest
 from csi.store.eviction import Disk, Entry, Kind
 from csi.stream import blocks
 
-_FICLONE = 0x40049409
+_FICLONERANGE = 0x4020940D
+_CLONE_RANGE = struct.Struct("<qQQQ")  # src_fd src_offset src_length dest_offset
 _HIDDEN = "."  # of work in progress, and of what is being removed
 _PINS = "pins"
 _ABOUT = "about"
@@ -92,8 +94,11 @@ class Shelf:
                 return False
             length = blocks.block_length(about.size_bytes, block)
             try:
-                theirs = self._read_block(self._mounts_fd, f"{mount_id}/{digest.path_name}", block, length)
-                ours = self._read_block(self._blobs_fd, digest.path_name, block, length)
+                segment, offset = blocks.segment_of(block)
+                with self._segment(f"{mount_id}/{digest.path_name}", segment) as (fd, start):
+                    theirs = os.pread(fd, length, start + offset)
+                with _opened(self._blobs_fd, f"{digest.path_name}/{fmt.DATA_NAME}") as fd:
+                    ours = os.pread(fd, length, block * blocks.BLOCK_BYTES)
             except OSError:
                 return False
             if theirs != ours:
@@ -143,11 +148,10 @@ class Shelf:
             return False
         hasher, hashes = digest.hasher(), bytearray()
         try:
-            for segment in range(-(-about.size_bytes // blocks.SEGMENT_BYTES)):
-                with _opened(self._blobs_fd, f"{digest.path_name}/{fmt.segment_name(segment)}") as fd:
-                    for view in _blocks_of(fd, blocks.segment_length(about.size_bytes, segment)):
-                        hasher.update(view)
-                        hashes += hash_of(view)
+            with _opened(self._blobs_fd, f"{digest.path_name}/{fmt.DATA_NAME}") as fd:
+                for view in _blocks_of(fd, 0, about.size_bytes):
+                    hasher.update(view)
+                    hashes += hash_of(view)
             with _opened(self._blobs_fd, f"{digest.path_name}/{fmt.HASHES_NAME}") as fd:
                 kept = os.pread(fd, len(hashes) + 1, 0)
         except OSError:
@@ -227,19 +231,20 @@ class Shelf:
     def _copy(self, source: str, work: str, digest: Digest, size_bytes: int) -> None:
         hasher = digest.hasher()
         hashes = bytearray()
-        for segment in range(-(-size_bytes // blocks.SEGMENT_BYTES)):
-            name, length = fmt.segment_name(segment), blocks.segment_length(size_bytes, segment)
-            with _opened(self._mounts_fd, f"{source}/{name}") as theirs, _new(self._blobs_fd, f"{work}/{name}") as ours:
-                cloned = _clone(theirs, ours)
-                if not cloned:
-                    os.posix_fallocate(ours, 0, length)
-                done = 0
-                for view in _blocks_of(ours if cloned else theirs, length):
-                    hasher.update(view)
-                    hashes += hash_of(view)
+        with _new(self._blobs_fd, f"{work}/{fmt.DATA_NAME}") as ours:
+            for segment in range(-(-size_bytes // blocks.SEGMENT_BYTES)):
+                first, length = segment * blocks.SEGMENT_BYTES, blocks.segment_length(size_bytes, segment)
+                with self._segment(source, segment) as (theirs, start):
+                    cloned = _clone(theirs, start, length, ours, first)
                     if not cloned:
-                        _write_all(ours, view, done)
-                    done += len(view)
+                        os.posix_fallocate(ours, first, length)
+                    done = first
+                    for view in _blocks_of(ours, first, length) if cloned else _blocks_of(theirs, start, length):
+                        hasher.update(view)
+                        hashes += hash_of(view)
+                        if not cloned:
+                            _write_all(ours, view, done)
+                        done += len(view)
                 os.fsync(ours)
         if hasher.hexdigest() != digest.hex:
             raise DigestMismatchError(
@@ -255,7 +260,7 @@ class Shelf:
         """All or nothing for a reader: the hashes come last, and without them nothing counts."""
         target = f"{mount_id}/{digest.path_name}"
         try:
-            for name in self._files(digest):
+            for name in (fmt.DATA_NAME, fmt.HASHES_NAME):
                 temporary = f"{target}/{_HIDDEN}{name}"
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary, dir_fd=self._mounts_fd)
@@ -267,11 +272,6 @@ class Shelf:
         except OSError:  # the mount is gone, or its directory is not as it should be
             return False
         return True
-
-    def _files(self, digest: Digest) -> list[str]:
-        with _opened(self._blobs_fd, digest.path_name) as fd:
-            names = os.listdir(fd)
-        return [*sorted(name for name in names if name.startswith("seg-")), fmt.HASHES_NAME]
 
     def _about(self, digest: Digest) -> _About | None:
         try:
@@ -290,10 +290,17 @@ class Shelf:
         if merged != about.origins:
             self._write_about(digest.path_name, _About(about.size_bytes, merged))
 
-    def _read_block(self, directory_fd: int, directory: str, block: int, length: int) -> bytes:
-        segment, offset = blocks.segment_of(block)
-        with _opened(directory_fd, f"{directory}/{fmt.segment_name(segment)}") as fd:
-            return os.pread(fd, length, offset)
+    @contextlib.contextmanager
+    def _segment(self, directory: str, segment: int) -> Iterator[tuple[int, int]]:
+        """A segment as the mount reads it: the file it is in, and where it begins there. Raises: OSError."""
+        with contextlib.ExitStack() as stack:
+            try:
+                fd = stack.enter_context(_opened(self._mounts_fd, f"{directory}/{fmt.segment_name(segment)}"))
+                start = 0
+            except FileNotFoundError:
+                fd = stack.enter_context(_opened(self._mounts_fd, f"{directory}/{fmt.DATA_NAME}"))
+                start = segment * blocks.SEGMENT_BYTES
+            yield fd, start
 
     def _remove_blob(self, name: str) -> None:
         gone = f"{_HIDDEN}gone-{name}"  # not the name under which it may just be made anew
@@ -330,25 +337,25 @@ def _digest_of(name: str) -> str:
     return name.replace("-", ":", 1)
 
 
-def _clone(source_fd: int, target_fd: int) -> bool:
-    """Share the extents where the file system can (xfs, btrfs)."""
+def _clone(source_fd: int, start: int, length: int, target_fd: int, at: int) -> bool:
+    """Share the extents of a range where the file system can (xfs, btrfs)."""
     try:
-        fcntl.ioctl(target_fd, _FICLONE, source_fd)
+        fcntl.ioctl(target_fd, _FICLONERANGE, _CLONE_RANGE.pack(source_fd, start, length, at))
     except OSError:
         return False
     return True
 
 
-def _blocks_of(fd: int, length: int) -> Iterator[memoryview]:
-    """The file's blocks in order, in one buffer. Raises: OSError when it is shorter."""
+def _blocks_of(fd: int, first: int, length: int) -> Iterator[memoryview]:
+    """`length` bytes of a file from `first`, by blocks, in one buffer. Raises: OSError when it is shorter."""
     buffer = memoryview(mmap.mmap(-1, blocks.BLOCK_BYTES))
-    for start in range(0, length, blocks.BLOCK_BYTES):
-        view = buffer[: min(blocks.BLOCK_BYTES, length - start)]
+    for start in range(first, first + length, blocks.BLOCK_BYTES):
+        view = buffer[: min(blocks.BLOCK_BYTES, first + length - start)]
         done = 0
         while done < len(view):
             count = os.preadv(fd, [view[done:]], start + done)
             if count == 0:
-                raise OSError(0, "a segment is shorter than its blob")
+                raise OSError(0, "a file is shorter than its blob")
             done += count
         yield view
 
@@ -408,7 +415,7 @@ def _drop_links(area_fd: int) -> None:
         if _exists(area_fd, f"{name}/{fmt.HASHES_NAME}"):
             with _opened(area_fd, name) as fd:
                 for file in os.listdir(fd):
-                    if file in (fmt.HASHES_NAME, fmt.MAP_NAME) or file.startswith("seg-"):
+                    if file in (fmt.DATA_NAME, fmt.HASHES_NAME, fmt.MAP_NAME) or fmt.is_segment(file):
                         os.unlink(file, dir_fd=fd)
 
 

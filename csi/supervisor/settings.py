@@ -63,10 +63,15 @@ class SupervisorSettings:
         return os.path.join(self.state_dir, "trees", mount_id)
 
     @property
+    def cache_dir(self) -> str:
+        """The cache, of every layout there ever was."""
+        return os.path.join(self.data_dir, "cache")
+
+    @property
     def domain_dir(self) -> str:
         """The cache of the trust domain."""
-        return os.path.join(self.data_dir, "cache", domain_path(SHARED_DOMAIN))
+        return os.path.join(self.cache_dir, domain_path(SHARED_DOMAIN))
 
     def area_dir(self, key: MountKey) -> str:
         """The cache area of a mount."""
-        return os.path.join(self.data_dir, "cache", area_path(key.domain, key.mount_id))
+        return os.path.join(self.cache_dir, area_path(key.domain, key.mount_id))

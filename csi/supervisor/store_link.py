@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from csi.cache.format import VERSION
 from csi.control import wire
 from csi.errors import ControlError, ModelMountError
 from csi.supervisor.child import Child, Role
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 20.0
 _RESTART_DELAY_S = 1.0
+_MAX_OTHER_LAYOUTS = 8  # one message's worth; the rest at the next start
 
 
 class StoreLink:
@@ -41,7 +43,9 @@ class StoreLink:
             path = os.path.join(settings.domain_dir, name)
             os.makedirs(path, mode=0o755, exist_ok=True)
             give(path, settings.store_uid if name == "blobs" else os.geteuid(), settings.store_gid, 0o775)
-        os.chmod(os.path.join(settings.data_dir, "cache"), 0o700)  # inside, only descriptors lead anywhere
+        os.chmod(settings.cache_dir, 0o700)  # inside, only descriptors lead anywhere
+        for path in _other_layouts(settings.cache_dir):
+            _remove_empty(path)
         await self._spawn()
         self._watcher = asyncio.create_task(self._watch())
 
@@ -70,12 +74,15 @@ class StoreLink:
             Role("store", self._settings.store_uid, self._settings.store_gid, self._settings.jail_flags())
         )
         child.on_notification = self._on_message
-        domain_fd = os.open(self._settings.domain_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fds = [
+            os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            for path in (self._settings.domain_dir, *_other_layouts(self._settings.cache_dir))
+        ]
         try:
             await child.call(
                 "start",
                 _START_TIMEOUT_S,
-                [domain_fd],
+                fds,
                 max_bytes=self._settings.cache_limit_bytes,
                 min_free=self._settings.cache_min_free,
             )
@@ -83,7 +90,7 @@ class StoreLink:
             child.kill()
             raise
         finally:
-            os.close(domain_fd)
+            wire.close_all(fds)
         self._child = child
 
     async def _watch(self) -> None:
@@ -96,3 +103,16 @@ class StoreLink:
             await asyncio.sleep(_RESTART_DELAY_S)
             with contextlib.suppress(ModelMountError):
                 await self._spawn()
+
+
+def _other_layouts(cache_dir: str) -> list[str]:
+    """Caches that another version of this program has left."""
+    names = [name for name in os.listdir(cache_dir) if name[:1] == "v" and name[1:].isdecimal()]
+    return [os.path.join(cache_dir, name) for name in sorted(names) if name != f"v{VERSION}"][:_MAX_OTHER_LAYOUTS]
+
+
+def _remove_empty(path: str) -> None:
+    """What the store of the start before has emptied, and could not remove."""
+    for directory, _, _ in os.walk(path, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)

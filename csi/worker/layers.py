@@ -252,7 +252,7 @@ def _read_into(reader: BlobReader, buffer: memoryview, offset: int) -> None:
         except OSError as exc:
             raise CacheError(f"cache read failed: {exc.strerror}") from exc
         if count == 0:
-            raise CacheError("a cache segment is shorter than its blob")
+            raise CacheError("a cache file is shorter than its blob")
         buffer, offset = buffer[count:], offset + count
 
 

@@ -306,7 +306,7 @@ class CachedReader:
             if count < want and flags:
                 raise BlockingIOError
             if count == 0:
-                raise CacheError("a cache segment is shorter than its blob; unpublish and publish to fetch it again")
+                raise CacheError("a cache file is shorter than its blob; unpublish and publish to fetch it again")
             done += count
         return buffer[:length]
 

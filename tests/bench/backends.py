@@ -60,8 +60,8 @@ def _one(node: NodeProcess, reference: str, size: int, name: str, found: dict[st
     before = cpu_seconds(worker)
     found[f"{name}: cold, GiB/s"].append(gib / timed(functools.partial(cat, weights)))
     found[f"{name}: cold worker CPU, s/GiB"].append((cpu_seconds(worker) - before) / gib)
-    segments = sorted((node.data_dir / "cache").rglob("seg-*"))
     settled(node)
+    segments = cached_files(node)
     cat(*segments)
     drop(weights)
     before = cpu_seconds(worker)
@@ -76,6 +76,12 @@ def _one(node: NodeProcess, reference: str, size: int, name: str, found: dict[st
     rss = next(line for line in status.splitlines() if line.startswith("VmRSS"))
     found[f"{name}: worker RSS, MiB"].append(int(rss.split()[1]) / 1024)
     node.unpublish(target)
+
+
+def cached_files(node: NodeProcess) -> list[Path]:
+    """The files with the bytes of the only model: of the proven blob, or what the mount has fetched."""
+    cache = node.data_dir / "cache"
+    return sorted(cache.rglob("blobs/*/data")) or sorted(cache.rglob("seg-*"))
 
 
 def settled(node: NodeProcess) -> None:

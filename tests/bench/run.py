@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "deploy" / "demo")]
 
 from bench import backends, publishes  # noqa: E402
-from bench.backends import cat, drop, timed  # noqa: E402
+from bench.backends import cached_files, cat, drop, timed  # noqa: E402
 from registry_process import RegistryProcess, find_or_install_registry  # noqa: E402
 from support.node_process import COMMAND, NodeProcess, children_of  # noqa: E402
 
@@ -142,8 +142,7 @@ def measure(directory: Path, tools: Path, size: int, rounds: int) -> list[Row]:
                 cold.append(time.monotonic() - published)
                 drop(weights)
                 warm.append(timed(functools.partial(cat, weights)))
-                segments = sorted((node.data_dir / "cache").rglob("seg-*"))
-                plain.append(timed(functools.partial(cat, *segments)))
+                plain.append(timed(functools.partial(cat, *cached_files(node))))
                 mount = node.status()[0]
                 serving = {mount["worker_pid"], mount["fetcher_pid"]}
                 pids = sorted({node.pid} | children_of(node.pid))

@@ -62,9 +62,11 @@ def test_two_models_that_share_a_layer_share_its_bytes(
     # One for the store; and one for a mount that may be another repository's too.
     assert len(ranges) == (2 if indexed else 1), "another repository shows a block, and no more is fetched"
     assert read(first) == content
-    segments = [path.stat() for path in node.data_dir.rglob("seg-00000") if path.stat().st_size > 100]
-    assert len({status.st_ino for status in segments}) == 1
-    assert len(segments) == 3
+    proven = [path.stat() for path in node.data_dir.rglob("data")]
+    assert len({status.st_ino for status in proven}) == 1
+    assert len(proven) == 3
+    assert all(status.st_size == SIZE and status.st_blocks * 512 >= SIZE for status in proven)
+    wait_for(lambda: not list(node.data_dir.rglob(f"{Digest.of(content).path_name}/seg-*")), "own segments stay")
     assert mount_at(node, second)["reads"]["failed_reads"] == 0
 
 
@@ -85,12 +87,13 @@ def test_a_mount_cannot_change_what_others_share_and_damage_is_found(
 ) -> None:
     target = publish_and_prove(node, fake_registry, content)
     wait_for(lambda: len(list(node.data_dir.rglob("hashes"))) == 2, "the mount was not told")
-    for path in node.data_dir.rglob("seg-*"):
+    wait_for(lambda: not list(node.data_dir.rglob("seg-*")), "own segments stay")
+    for path in node.data_dir.rglob("data"):
         assert path.stat().st_mode & 0o222 == 0
         assert path.stat().st_uid not in (0, mount_uid(node, target, "fetcher_pid"))
     node.unpublish(target, "vol-team/a")
-    (segment,) = (node.data_dir / "cache").rglob("blobs/*/seg-00000")
-    with open(segment, "r+b") as file:
+    (proven,) = (node.data_dir / "cache").rglob("blobs/*/data")
+    with open(proven, "r+b") as file:
         file.seek(2 * BLOCK_BYTES + 5)
         file.write(b"damage")
     target = node.target()

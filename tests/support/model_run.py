@@ -440,11 +440,9 @@ class Run:
         verified = self._cache_surely("verify")
         for path in (self.node.data_dir / "cache").rglob("blobs/sha256-*"):
             expected = next(c for c in self._contents.values() if Digest.of(c).path_name == path.name)
-            parts = sorted(path.glob("seg-*"))
-            if b"".join(part.read_bytes() for part in parts) != expected:
+            if (kept := (path / "data").read_bytes()) != expected:
                 raise WrongError(
-                    f"{verified}, and the store keeps other bytes as proven: {path.name}, "
-                    f"{[(part.name, part.stat().st_size) for part in parts]} for {len(expected)}"
+                    f"{verified}, and the store keeps other bytes as proven: {path.name}, {len(kept)} for {len(expected)}"
                 )
         self._cache_surely("prune")
         if left := self._cache_surely("ls")["entries"]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from csi.cache import format as fmt
-from csi.cache.blob import BlobReader, BlobWriter, BlockWrite, _OpenSegment
+from csi.cache.blob import BlobReader, BlobWriter, BlockWrite, _OpenFile
 from csi.cache.format import BlobState
 from csi.errors import CacheError
 from csi.integrity.index import hash_of
@@ -141,7 +141,7 @@ def test_a_full_disk_is_a_cache_error_and_the_block_stays_absent(area: int) -> N
     """/dev/full is what a write to a full disk is; everything else here is real."""
     writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
     write = begin(writer, 0)
-    write._opened = _OpenSegment(os.open("/dev/full", os.O_WRONLY))
+    write._opened = _OpenFile(os.open("/dev/full", os.O_WRONLY))
     with pytest.raises(CacheError, match=os.strerror(errno.ENOSPC)):
         write.write(1, memoryview(b"x"))
     assert not writer.has(0)
@@ -155,15 +155,31 @@ def test_an_empty_blob_has_no_blocks(area: int) -> None:
     writer.close()
 
 
-def test_the_header_on_disk_is_that_of_version_1() -> None:
+def test_the_map_on_disk_is_that_of_version_2(area: int, tmp_path: Path) -> None:
     """Caches outlive the program. Changed on purpose? Bump VERSION: old areas are then another directory."""
-    header = fmt.pack_header(fmt.MapHeader(SIZE, blocks.BLOCK_BYTES, 20, BlobState.VERIFIED, BOOT))
-    assert (
-        header.hex()
-        == "4d4d424c4b4d415001000000000040001100c0040000000014000000000000000100000000000000000000000000000062626262626262626262626262626262"
+    writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
+    for block in (0, 2, 3):
+        fill(writer, block)
+    writer.drop(3)
+    os.truncate(tmp_path / DIGEST.path_name / "seg-00000", 3 * blocks.BLOCK_BYTES - 1)
+    fill(writer, 1)
+    writer.close()
+    assert (tmp_path / DIGEST.path_name / "map").read_bytes().hex() == (
+        "4d4d424c4b4d4150"  # MMBLKMAP
+        "02000000"  # version, nothing
+        "00004000"  # 4 MiB a block
+        "1100c00400000000"  # size of the blob
+        "1400000000000000"  # blocks
+        "0001"  # filling; the second generation, as a file was cut off
+        "0000000000000000000000000000"
+        "62626262626262626262626262626262"  # the boot
+        "0101000000000000000000000000000000000000"  # present: the first two blocks
     )
-    assert fmt.area_path("shared", "00ff") == "v1/shared/mounts/00ff"
-    assert fmt.segment_name(7) == "seg-00007"
+    header = fmt.unpack_header((tmp_path / DIGEST.path_name / "map").read_bytes())
+    assert header == fmt.MapHeader(SIZE, blocks.BLOCK_BYTES, 20, BlobState.FILLING, BOOT)
+    assert (fmt.BlobState.VERIFIED, fmt.BlobState.POISONED, fmt.Mark.PRESENT, fmt.Mark.KEPT) == (1, 2, 1, 2)
+    assert fmt.area_path("shared", "00ff") == "v2/shared/mounts/00ff"
+    assert (fmt.segment_name(7), fmt.DATA_NAME, fmt.HASHES_NAME) == ("seg-00007", "data", "hashes")
 
 
 def test_a_writer_that_can_check_takes_every_mark_for_kept_only(area: int) -> None:
@@ -219,14 +235,12 @@ def test_blocks_of_a_segment_that_was_cut_are_not_there_when_it_grows_again(
 
 
 def shared(tmp_path: Path) -> list[bytes]:
-    """Put a proven blob in the area, as the store does: its segments cannot be written, its hashes come last. Its blocks."""
+    """Put a proven blob in the area, as the store does: it cannot be written, its hashes come last. Its blocks."""
     directory = tmp_path / DIGEST.path_name
     contents = [bytes([block + 1]) * blocks.block_length(SIZE, block) for block in range(blocks.block_count(SIZE))]
-    for segment in range(2):
-        first = segment * blocks.SEGMENT_BLOCKS
-        (directory / "new").write_bytes(b"".join(contents[first : first + blocks.SEGMENT_BLOCKS]))
-        (directory / "new").chmod(0o444)
-        os.rename(directory / "new", directory / fmt.segment_name(segment))
+    (directory / "new").write_bytes(b"".join(contents))
+    (directory / "new").chmod(0o444)
+    os.rename(directory / "new", directory / fmt.DATA_NAME)
     (directory / fmt.HASHES_NAME).write_bytes(b"".join(map(hash_of, contents)))
     return contents
 
@@ -242,9 +256,9 @@ def test_a_block_that_was_being_written_when_a_proven_blob_came_is_not_taken_for
     before.write(0, memoryview(b"\1" * half))
     contents = shared(tmp_path)
     before.write(half, memoryview(b"\1" * half))
-    assert before.commit(), "all of it is in the file that this writer and its readers have open"
+    assert before.commit(), "all of it is in the mount's own segment, and in the proven blob"
     after.write(0, memoryview(b"\3" * half))
-    assert writer.adopt(DIGEST)
+    assert writer.adopt(DIGEST, None)
     after.write(half, memoryview(b"\3" * half))
     assert not after.commit()
     assert not any(reader.has(block) for block in range(reader.block_count)), "to be checked, all of them"
@@ -276,7 +290,83 @@ def test_what_was_hashed_is_verified_only_while_it_is_there(area: int, tmp_path:
         fill(writer, block)
     generation = writer.generation
     shared(tmp_path)
-    assert writer.adopt(DIGEST)
+    assert writer.adopt(DIGEST, None)
     assert not writer.mark_verified(generation)
     assert writer.mark_verified(writer.generation)
     writer.close()
+
+
+def names(tmp_path: Path) -> set[str]:
+    return {path.name for path in (tmp_path / DIGEST.path_name).iterdir()}
+
+
+def read_all(reader: BlobReader) -> list[bytes]:
+    contents = []
+    for block in range(reader.block_count):
+        buffer = bytearray(blocks.block_length(SIZE, block))
+        assert reader.read_into([memoryview(buffer)], block * blocks.BLOCK_BYTES) == len(buffer)
+        contents.append(bytes(buffer))
+    return contents
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_an_adopted_blob_is_read_from_its_one_file_and_own_segments_go(area: int, tmp_path: Path, filled: bool) -> None:
+    writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
+    reader = BlobReader.open(area, DIGEST, SIZE)
+    for block in range(writer.block_count if filled else 3):
+        fill(writer, block)
+    contents = shared(tmp_path)
+    assert read_all(reader)[:3] == contents[:3]
+    assert writer.adopt(DIGEST, b"".join(map(hash_of, contents)))
+    assert names(tmp_path) == {"map", "data", "hashes"}
+    assert read_all(reader) == contents
+    assert all(map(reader.has, range(reader.block_count))) == filled
+    assert reader.stored_blocks() == reader.block_count
+    writer.close()
+    reader.close()
+
+
+def test_a_proven_blob_with_other_hashes_than_the_index_says_is_not_adopted(area: int, tmp_path: Path) -> None:
+    writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
+    fill(writer, 0)
+    contents = shared(tmp_path)
+    assert not writer.adopt(DIGEST, b"".join(map(hash_of, reversed(contents))))
+    assert writer.hashes is None
+    assert writer.has(0)
+    assert fmt.segment_name(0) in names(tmp_path)
+    writer.close()
+
+
+def test_a_damaged_block_of_a_proven_blob_costs_its_segment_only(area: int, tmp_path: Path) -> None:
+    writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
+    contents = shared(tmp_path)
+    assert writer.adopt(DIGEST, None)
+    for block in range(writer.block_count):
+        assert writer.mark_checked(block, writer.generation)
+    reader = BlobReader.open(area, DIGEST, SIZE)
+    before = reader.generation
+    assert read_all(reader) == contents
+    writer.drop(2)
+    fill(writer, 2)
+    assert reader.generation != before
+    assert [block for block in range(20) if reader.has(block)] == [2, *range(blocks.SEGMENT_BLOCKS, 20)]
+    assert read_all(reader)[2] == contents[2]
+    assert read_all(reader)[16:] == contents[16:], "still from the proven blob"
+    assert hash_of((tmp_path / DIGEST.path_name / "data").read_bytes()) == hash_of(b"".join(contents))
+    writer.close()
+    reader.close()
+
+
+def test_segments_beside_a_proven_blob_do_not_count_after_a_restart(area: int, tmp_path: Path) -> None:
+    """The writer died after the store had put the blob there and before it was told."""
+    writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
+    fill(writer, 1)
+    writer.close()
+    contents = shared(tmp_path)
+    writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
+    assert names(tmp_path) == {"map", "data", "hashes"}
+    assert all(map(writer.is_kept, range(writer.block_count)))
+    reader = BlobReader.open(area, DIGEST, SIZE)
+    assert read_all(reader) == contents
+    writer.close()
+    reader.close()

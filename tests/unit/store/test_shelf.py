@@ -1,0 +1,142 @@
+"""Proven blobs on a real disk: one file each, read-only, hashed while it is made."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from csi.cache.blob import BlobReader, BlobWriter
+from csi.errors import CacheError, DigestMismatchError
+from csi.integrity.index import hash_of
+from csi.oci.digest import Digest
+from csi.store.eviction import Entry, Kind
+from csi.store.shelf import Shelf
+from csi.stream import blocks
+
+MOUNT, OTHER = "a1" * 16, "b2" * 16
+BOOT = b"b" * 16
+CONTENT = random.Random(5).randbytes(blocks.SEGMENT_BYTES) + b"the last, short segment" * 1000
+DIGEST = Digest.of(CONTENT)
+
+
+@pytest.fixture
+def domain(tmp_path: Path) -> Path:
+    for name in ("blobs", f"mounts/{MOUNT}", f"mounts/{OTHER}"):
+        (tmp_path / name).mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.fixture
+def shelf(domain: Path) -> Iterator[Shelf]:
+    fd = os.open(domain, os.O_RDONLY | os.O_DIRECTORY)
+    yield Shelf(fd)
+    os.close(fd)
+
+
+def fetched(domain: Path, mount_id: str = MOUNT, content: bytes = CONTENT) -> BlobWriter:
+    """A mount that has all of the blob, as its fetcher leaves it."""
+    area_fd = os.open(domain / "mounts" / mount_id, os.O_RDONLY | os.O_DIRECTORY)
+    writer = BlobWriter.open(area_fd, DIGEST, len(content), BOOT)
+    for block in range(writer.block_count):
+        write = writer.begin(block)
+        assert write is not None
+        write.write(0, memoryview(content)[block * blocks.BLOCK_BYTES :][: blocks.BLOCK_BYTES])
+        assert write.commit()
+    return writer
+
+
+def test_a_proven_blob_is_one_read_only_file_that_mounts_have_links_to(shelf: Shelf, domain: Path) -> None:
+    writer = fetched(domain)
+    shelf.promote(MOUNT, DIGEST, len(CONTENT), ["registry/a"])
+    proven = domain / "blobs" / DIGEST.path_name
+    assert sorted(path.name for path in proven.iterdir()) == ["about", "data", "hashes"]
+    assert (proven / "data").read_bytes() == CONTENT
+    assert (proven / "data").stat().st_mode & 0o777 == 0o444
+    assert (proven / "data").stat().st_blocks * 512 >= len(CONTENT)
+    assert (proven / "hashes").read_bytes() == b"".join(
+        hash_of(memoryview(CONTENT)[start : start + blocks.BLOCK_BYTES])
+        for start in range(0, len(CONTENT), blocks.BLOCK_BYTES)
+    )
+    about = json.loads((proven / "about").read_text())
+    assert (about["size_bytes"], about["origins"]) == (len(CONTENT), ["registry/a"])
+    mine = domain / "mounts" / MOUNT / DIGEST.path_name
+    assert (mine / "data").samefile(proven / "data")
+    assert writer.adopt(DIGEST, None)
+    assert sorted(path.name for path in mine.iterdir()) == ["data", "hashes", "map"]
+    writer.close()
+
+
+def test_a_blob_is_copied_from_wherever_the_mount_has_its_segments(shelf: Shelf, domain: Path) -> None:
+    """One segment of its own, the other in a proven blob that left the shelf since."""
+    writer = fetched(domain)
+    shelf.promote(MOUNT, DIGEST, len(CONTENT), ["registry/a"])
+    assert writer.adopt(DIGEST, None)
+    for block in range(writer.block_count):
+        writer.mark_checked(block, writer.generation)
+    writer.drop(0)
+    for block in range(blocks.SEGMENT_BLOCKS):
+        write = writer.begin(block)
+        assert write is not None
+        write.write(0, memoryview(CONTENT)[block * blocks.BLOCK_BYTES :][: blocks.BLOCK_BYTES])
+        assert write.commit()
+    assert shelf.remove(Entry(Kind.BLOB, DIGEST.path_name, len(CONTENT), 0, in_use=False))
+    assert shelf.size_of(DIGEST) is None
+    shelf.promote(MOUNT, DIGEST, len(CONTENT), ["registry/a"])
+    assert (domain / "blobs" / DIGEST.path_name / "data").read_bytes() == CONTENT
+    writer.close()
+
+
+def test_wrong_bytes_are_never_shared_and_leave_nothing(shelf: Shelf, domain: Path) -> None:
+    fetched(domain, content=bytes(len(CONTENT))).close()
+    with pytest.raises(DigestMismatchError):
+        shelf.promote(MOUNT, DIGEST, len(CONTENT), ["registry/a"])
+    assert list((domain / "blobs").iterdir()) == []
+
+
+def test_a_blob_that_is_cut_short_is_not_shared(shelf: Shelf, domain: Path) -> None:
+    fetched(domain).close()
+    os.truncate(domain / "mounts" / MOUNT / DIGEST.path_name / "seg-00001", 5)
+    with pytest.raises(CacheError):
+        shelf.promote(MOUNT, DIGEST, len(CONTENT), ["registry/a"])
+    assert list((domain / "blobs").iterdir()) == []
+
+
+def test_another_mount_gets_it_once_its_registry_is_known_to_have_it(shelf: Shelf, domain: Path) -> None:
+    fetched(domain).close()
+    shelf.promote(MOUNT, DIGEST, len(CONTENT), ["registry/a"])
+    other = domain / "mounts" / OTHER / DIGEST.path_name
+    other.mkdir()
+    attached = shelf.attach(OTHER, ["registry/b"], [(DIGEST, len(CONTENT))])
+    assert attached.shared == ()
+    ((digest, _),) = attached.challenges
+    assert digest == DIGEST
+    assert not shelf.prove(OTHER, DIGEST, 1, ["registry/b"]), "it has shown nothing yet"
+    area_fd = os.open(domain / "mounts" / OTHER, os.O_RDONLY | os.O_DIRECTORY)
+    writer = BlobWriter.open(area_fd, DIGEST, len(CONTENT), BOOT)
+    write = writer.begin(1)
+    assert write is not None
+    write.write(0, memoryview(CONTENT)[blocks.BLOCK_BYTES : 2 * blocks.BLOCK_BYTES])
+    assert write.commit()
+    assert shelf.prove(OTHER, DIGEST, 1, ["registry/b"])
+    reader = BlobReader.open(area_fd, DIGEST, len(CONTENT))
+    buffer = bytearray(23)
+    assert reader.read_into([memoryview(buffer)], blocks.SEGMENT_BYTES) == 23
+    assert buffer == b"the last, short segment"
+    reader.close()
+    writer.close()
+    os.close(area_fd)
+
+
+def test_areas_that_nobody_uses_give_their_links_back(shelf: Shelf, domain: Path) -> None:
+    fetched(domain).close()
+    shelf.promote(MOUNT, DIGEST, len(CONTENT), ["registry/a"])
+    entries = {entry.name: entry for entry in shelf.entries()}
+    assert not list((domain / "mounts" / MOUNT / DIGEST.path_name).iterdir())
+    assert entries[MOUNT].size_bytes == 0
+    assert not entries[DIGEST.path_name].in_use
+    assert entries[DIGEST.path_name].size_bytes >= len(CONTENT)
