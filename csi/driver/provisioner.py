@@ -87,7 +87,7 @@ class Provisioner:
         check_name(request.name)
         check_parameters(request.parameters)
         volume_id = volume_id_of(request.name)
-        async with self._locks.held(request.name):
+        async with self._locks.held(volume_id):
             found = await asyncio.to_thread(self._volumes.get, volume_id)
             if found is None:
                 found = await asyncio.to_thread(self._volumes.add, await self._make(volume_id, request))

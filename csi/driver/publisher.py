@@ -150,7 +150,7 @@ class Publisher:
         had_pin = self._pins.get(request.volume_id) is not None
         try:
             mount = await self._lease(request)
-            publication = self._record(request, mount)
+            publication = await self._record(request, mount)
             await asyncio.to_thread(self._keeper.bind, mount.mount_id, request.target_path)
         except BaseException:
             await self._take_back(request, drop_pin=not had_pin)
@@ -164,7 +164,7 @@ class Publisher:
             return before
         log.warning("volume %s at %s: its mount is gone; it is made anew", request.volume_id, request.target_path)
         mount = await self._lease(request)
-        publication = self._record(request, mount)
+        publication = await self._record(request, mount)
         await asyncio.to_thread(self._keeper.bind, mount.mount_id, request.target_path)
         return publication
 
@@ -184,7 +184,7 @@ class Publisher:
             service_account=request.service_account,
         )
 
-    def _record(self, request: PublishRequest, mount: LeasedMount) -> Publication:
+    async def _record(self, request: PublishRequest, mount: LeasedMount) -> Publication:
         publication = Publication(
             volume_id=request.volume_id,
             target_path=request.target_path,
@@ -197,7 +197,9 @@ class Publisher:
             boot_id=self._boot_id,
             pod=request.pod,
         )
-        self._pins.put(request.volume_id, mount.digest)
+        if request.attributes.reference.digest is None:  # a digest pins itself
+            await asyncio.to_thread(self._pins.put, request.volume_id, mount.digest)
+        await asyncio.to_thread(self._publications.write, publication)
         self._publications.put(publication)
         return publication
 

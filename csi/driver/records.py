@@ -72,9 +72,12 @@ class Publications:
         """Where that volume is published."""
         return [publication for publication in self._by_target.values() if publication.volume_id == volume_id]
 
-    def put(self, publication: Publication) -> None:
-        """Durable when it returns."""
+    def write(self, publication: Publication) -> None:
+        """Durable when it returns. May be called in any thread; `put` makes it known to this process."""
         store_record(self._directory, publication.target_path, asdict(publication))
+
+    def put(self, publication: Publication) -> None:
+        """That target is published, as far as this process tells. `write` it before."""
         self._by_target[publication.target_path] = publication
 
     def remove(self, target_path: str) -> None:

@@ -129,22 +129,27 @@ class Supervisor:
         # One at a time per reference: the first makes the mount, the others find it.
         credentials = await self._node_credentials.after(credentials, wanted)
         caller = _caller(credentials, service_account)
-        is_asked = False
-        async with self._lock(f"{domain} {wanted}"):
-            mount = self._find(wanted, verify, view, domain)
-            if mount is not None and mount.failure is not None:  # it failed while nobody waited
-                await self._end(mount)
-                raise mount.failure
-            if mount is not None:
-                lease = mount.leases.get(target_path)
-                if lease is None or lease.credentials != credentials:
-                    await self._allow(mount, wanted, credentials, caller)
-            else:
-                mount, is_asked = await self._create(wanted, verify, prefetch, view, credentials, domain, caller)
+        while True:
+            async with self._lock(f"{domain} {wanted}"):
+                mount = self._find(wanted, verify, view, domain)
+                if mount is not None and mount.failure is not None:  # it failed while nobody waited
+                    await self._end(mount)
+                    raise mount.failure
+                if mount is None:
+                    mount, is_asked = await self._create(wanted, verify, prefetch, view, credentials, domain, caller)
+                    if is_asked:
+                        self._access.grant(_model(mount, wanted), caller)
+                    break
+                if mount.kept is not None or not mount.is_stranger(wanted):
+                    lease = mount.leases.get(target_path)
+                    if lease is None or lease.credentials != credentials:
+                        await self._allow(mount, wanted, credentials, caller)
+                    break
+            # What a registry has to show is known once the mount is there.
+            self._want(mount)
+            await mount.ready(self._settings.patience_s)
         if mount.kept is None:  # new, or made again for the leases of one that was lost
             await self._until_ready(mount, credentials)
-        if is_asked:  # not before the mount is ready: until then its registry has shown a manifest, which proves little
-            self._access.grant(_model(mount, wanted), caller)
         if mount.key.verify is Verify.EAGER and not mount.leases:
             await self._until_verified(mount)
         async with self._lock(f"{domain} {wanted}"):

@@ -119,7 +119,12 @@ def test_a_moved_tag_does_not_move_a_published_volume(
     assert (first / "version").read_bytes() == b"two", "the last unpublish ends the pin"
 
 
-def test_many_publishes_at_once_make_one_mount(modelmount_node: NodeProcess, model: str) -> None:
+@pytest.mark.parametrize("indexed", [False, True])
+def test_many_publishes_at_once_make_one_mount(
+    modelmount_node: NodeProcess, fake_registry: FakeRegistry, indexed: bool
+) -> None:
+    digest = fake_registry.add_model("team/model", "v1", FILES, indexed=indexed)
+    model = f"{fake_registry.host}/team/model@{digest}"
     targets = [modelmount_node.target(f"pod-{number}") for number in range(8)]
     errors: list[Exception] = []
 
