@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from csi.observe import logs
+
+if TYPE_CHECKING:
+    from csi.jail.confinement import Level
 
 
 def add_parser(subparsers: Any) -> None:
@@ -19,6 +24,7 @@ def add_parser(subparsers: Any) -> None:
         parser.add_argument("--control-fd", type=int, required=True, help="the socket to the supervisor")
         parser.add_argument("--data-dir", required=True, help="where the cache lies")
         parser.add_argument("--read-dir", action="append", default=[], help="a fetcher may read below it too")
+        parser.add_argument("--index-key", action="append", default=[], help="a fetcher takes indexes signed by it")
         parser.add_argument("--jail", choices=["require", "degrade"], default="require")
         parser.add_argument("--memory-mib", type=int, default=0, help="private memory it may use (0: no limit)")
         parser.add_argument("--uid", type=int, help="become this user before the first message")
@@ -33,12 +39,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Import first, then give up every right, then listen."""
     logs.set_up(args.verb, args.log_level)
-    if args.verb == "worker":
-        from csi.worker.main import run as serve
-    elif args.verb == "store":
-        from csi.store.main import run as serve
-    else:
-        from csi.fetcher.main import run as serve
+    prepared = _imported(args)
     from csi.jail.confinement import Confinement, Policy, Role
     from csi.jail.privileges import import_late, raise_descriptor_limit
 
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     )
 
     def live(control_fd: int) -> int:
+        serve = prepared()  # what it reads of files it reads before it is confined
         return serve(control_fd, confinement.enter())
 
     if args.nursery:
@@ -62,3 +64,22 @@ def run(args: argparse.Namespace) -> int:
 
         return nursery.run(args.control_fd, live)
     return live(args.control_fd)
+
+
+def _imported(args: argparse.Namespace) -> Callable[[], Callable[[int, Level], int]]:
+    """Everything that the process will use; what it returns is called in each."""
+    if args.verb == "worker":
+        from csi.worker.main import run as serve_mount
+
+        return lambda: serve_mount
+    if args.verb == "store":
+        from csi.store.main import run as keep_cache
+
+        return lambda: keep_cache
+    from csi.fetcher.main import run as fetch
+
+    if not args.index_key:
+        return lambda: fetch
+    from csi.fetcher.signed_indexes import SignedIndexes
+
+    return lambda: functools.partial(fetch, signed_indexes=SignedIndexes.from_paths(args.index_key))

@@ -80,7 +80,7 @@ class ModelFinder:
 
     def __init__(self, args: argparse.Namespace, reference: Reference) -> None:
         self._args = args
-        self._credentials = login.credentials_of(args, reference)
+        self.credentials = login.credentials_of(args, reference)
         self._reference = reference
         self._sources: dict[str, ModelSource] = {}
         self.source = self._source(reference)
@@ -224,9 +224,9 @@ class ModelFinder:
     def _credentials_for(self, reference: Reference) -> Credentials:
         """A login given by hand is for the registry that was named by hand; docker's logins are each for their own."""
         if reference == self._reference:
-            return self._credentials
+            return self.credentials
         if self._args.username:
-            return self._credentials if reference.registry == self._reference.registry else ()
+            return self.credentials if reference.registry == self._reference.registry else ()
         return login.credentials_of(self._args, reference)
 
 

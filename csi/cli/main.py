@@ -16,6 +16,7 @@ _VERBS = {
     "push": "csi.cli.push",
     "inspect": "csi.cli.inspect",
     "ls": "csi.cli.inspect",
+    "index": "csi.cli.index",
     "mount": "csi.cli.mount",
     "umount": "csi.cli.mount",
     "status": "csi.cli.status",

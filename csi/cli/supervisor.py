@@ -86,6 +86,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="allow oci-layout: references below this directory; may be repeated (default none)",
     )
+    group.add_argument(
+        "--index-key",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="take block indexes that were attached to a model ('modelmount index build') if signed by this public key (PEM), "
+        "or by one in this directory; read by each fetcher as it starts; may be repeated (default none)",
+    )
     group.add_argument("--fetch-threads", type=int, default=4, metavar="N", help="connections per mount (default 4)")
     group.add_argument(
         "--patience",
@@ -151,6 +159,7 @@ def flags_of(args: argparse.Namespace) -> list[str]:
     for name in _NODE_FILES:
         value = getattr(args, name)
         flags += [f"--{name.replace('_', '-')}={value}"] if value else []
+    flags += [f"--index-key={path}" for path in args.index_key]
     return flags + [f"--layout-root={root}" for root in args.layout_root]
 
 
@@ -166,6 +175,9 @@ def run(args: argparse.Namespace) -> int:
     logs.set_up("supervisor", args.log_level)
     if bool(args.credential_provider_config) != bool(args.credential_provider_bin_dir):
         raise InvalidVolumeError("--credential-provider-config and --credential-provider-bin-dir go together")
+    for path in args.index_key:
+        if not os.path.exists(path):  # else no fetcher would start
+            raise InvalidVolumeError(f"--index-key {path}: no such file or directory", field="index-key")
     is_root = os.geteuid() == 0
     if is_root:
         keep_only(_CAPABILITIES)
@@ -176,6 +188,7 @@ def run(args: argparse.Namespace) -> int:
         plain_http_hosts=tuple(args.plain_http_host),
         registry_config_dir=args.registry_config_dir,
         node_registry_config=args.node_registry_config,
+        index_keys=tuple(args.index_key),
         credential_provider_config=args.credential_provider_config,
         credential_provider_bin_dir=args.credential_provider_bin_dir,
         layout_roots=tuple(args.layout_root),

@@ -1,21 +1,26 @@
 """Where a mount's block index comes from: the mount's cache area if it was there before, else the registry.
 
 Either way the chain is the same: the manifest's bytes hash to the digest that was asked for, the index layer's bytes
-hash to what the manifest says. So both files in the area may be anything; what does not hash is fetched again.
+hash to what the manifest says. So both files in the area may be anything; what does not hash is fetched again. An index that
+is no layer of the model hangs on a signature instead (see `csi.fetcher.signed_indexes`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+from typing import TYPE_CHECKING
 
 from csi.errors import DigestMismatchError, SizeMismatchError, UnsupportedModelError
 from csi.integrity import index
 from csi.integrity.index import MAX_INDEX_BYTES, BlockIndex
 from csi.oci.digest import Digest
-from csi.oci.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from csi.oci.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from csi.oci.modelpack import INDEX_PATH, index_layer_of
 from csi.stream.ports import ModelSource
+
+if TYPE_CHECKING:
+    from csi.fetcher.signed_indexes import SignedIndexes
 
 _MANIFEST_FILE, _INDEX_FILE = "manifest", "index"
 _TIMEOUT_S = 20.0
@@ -30,8 +35,15 @@ def has_index(manifest: bytes) -> bool:
         return False
 
 
-def load_index(area_fd: int, source: ModelSource, digest: Digest, manifest: bytes | None) -> BlockIndex:
-    """The index of the model `digest`. `manifest` are its bytes where the caller has them, already hashed.
+def load_index(
+    area_fd: int,
+    source: ModelSource,
+    digest: Digest,
+    manifest: bytes | None,
+    signed: SignedIndexes | None = None,
+) -> tuple[BlockIndex, str]:
+    """The index of the model `digest`, and where it is from: `layer`, or `signed by` a key. `manifest` are its bytes where
+    the caller has them, already hashed.
 
     Raises: UnsupportedModelError when it has no index or one that does not fit it, DigestMismatchError when the source
     sends another one, and what the source raises.
@@ -41,7 +53,10 @@ def load_index(area_fd: int, source: ModelSource, digest: Digest, manifest: byte
     if manifest is None:
         manifest = source.fetch_manifest(None, digest, _TIMEOUT_S).data
     parsed = parse_manifest(manifest)
-    layer = index_layer_of(parsed)
+    layer, endorsed = index_layer_of(parsed), None
+    if layer is None and signed is not None:
+        endorsed = signed.kept(area_fd, digest) or signed.find(source, digest).endorsed
+        layer = endorsed.index if endorsed is not None else None
     if layer is None:
         raise UnsupportedModelError(
             f"model {digest.short()}: has no block index, which 'verify: chunk' and 'prefetch: ondemand' need; push it "
@@ -54,17 +69,14 @@ def load_index(area_fd: int, source: ModelSource, digest: Digest, manifest: byte
     data = _stored(area_fd, _INDEX_FILE, layer.digest, layer.size_bytes)
     if data is None:
         data = _fetched(source, layer.digest, layer.size_bytes)
-    found = _parsed(data, parsed, digest)
+    name = f"layer {INDEX_PATH}" if endorsed is None else f"signed block index {layer.digest.short()}"
+    found = index.load(data, index.file_layers(parsed.layers, layer), f"{name} of model {digest.short()}")
     _store(area_fd, _MANIFEST_FILE, manifest)
     _store(area_fd, _INDEX_FILE, data)
-    return found
-
-
-def _parsed(data: bytes, manifest: Manifest, digest: Digest) -> BlockIndex:
-    layer = index_layer_of(manifest)
-    assert layer is not None
-    subject = f"layer {INDEX_PATH} of model {digest.short()}"
-    return index.load(data, index.file_layers(manifest.layers, layer), subject)
+    if endorsed is None or signed is None:
+        return found, "layer"
+    signed.keep(area_fd, endorsed)
+    return found, f"signed by {endorsed.key_id}"
 
 
 def _fetched(source: ModelSource, digest: Digest, size_bytes: int) -> bytes:

@@ -33,7 +33,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from csi import credentials, registry_hosts
 from csi.boot import this_boot
@@ -61,12 +61,16 @@ from csi.stream.scheduler import Priority
 from csi.tree.model import BlobSpec
 from csi.volume import Verify
 
+if TYPE_CHECKING:
+    from csi.fetcher.signed_indexes import SignedIndexes
+
 log = logging.getLogger(__name__)
 
 _MAX_HOSTS_BYTES = 64 * 1024 * 1024
 _MAX_SPECS_BYTES = 16 * 1024 * 1024
 _SHARED_FROM_BYTES = 8 * 1024 * 1024  # below it, fetching costs no more than sharing
 _PROOF_PATIENCE_S = 10.0
+_MAX_REASON = 1000
 _RING_SLOTS = 16
 """64 MiB, and nothing of it is used while the cache takes what comes."""
 
@@ -74,9 +78,10 @@ _RING_SLOTS = 16
 class Fetcher:
     """The process's state. The main thread reads sockets; `resolve` and the engine have threads of their own."""
 
-    def __init__(self, control: socket.socket, jail: Level) -> None:
+    def __init__(self, control: socket.socket, jail: Level, signed_indexes: SignedIndexes | None = None) -> None:
         self._control = control
         self._jail = jail
+        self._signed_indexes = signed_indexes
         self._send_lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
@@ -84,6 +89,7 @@ class Fetcher:
         self._area_fd: int | None = None
         self._resolved: ManifestBytes | None = None
         self._index: BlockIndex | None = None
+        self._index_word = "none"
         self._worker: socket.socket | None = None
         self._build: BuildService | None = None
         self._engine: FetchEngine | None = None
@@ -129,7 +135,10 @@ class Fetcher:
                     assert self._area_fd is not None
                     origins = known_origins(self._area_fd)
                     try:
-                        self._reply(wire.ok(request, origins=origins, **self._jail.as_fields()), [layers_fd])
+                        self._reply(
+                            wire.ok(request, origins=origins, index=self._index_word, **self._jail.as_fields()),
+                            [layers_fd],
+                        )
                     finally:
                         os.close(layers_fd)
                 case "prove":
@@ -188,9 +197,13 @@ class Fetcher:
                     if self._index is None:
                         raise ControlError("fetcher: nothing to prove without a block index; try again")
                     prove_possession(source, self._index)
+                indexed, ignored = has_index(manifest.data), ""
+                if not indexed and self._signed_indexes is not None and not self._sources:
+                    search = self._signed_indexes.find(source, manifest.digest)
+                    indexed, ignored = search.endorsed is not None, search.ignored
             finally:
                 source.close()
-            self._say_resolved(request, manifest)
+            self._say_resolved(request, manifest, indexed, ignored)
         except ModelMountError as exc:
             self._reply(wire.failed(request, exc))
         except Exception as exc:
@@ -206,15 +219,24 @@ class Fetcher:
             os.close(manifest_fd)
         if Digest.of(data, digest.algorithm) != digest:
             raise DigestMismatchError(f"kept manifest {digest.short()}: has other bytes", subject=str(digest))
-        self._say_resolved(request, ManifestBytes(data, wire.field(request, "media_type", str), digest))
+        # That there is a signed index was found out when the manifest was kept; whether it still counts shows at `start`.
+        indexed = has_index(data) or (self._signed_indexes is not None and wire.field(request, "indexed", bool))
+        self._say_resolved(request, ManifestBytes(data, wire.field(request, "media_type", str), digest), indexed)
 
-    def _say_resolved(self, request: wire.Message, manifest: ManifestBytes) -> None:
+    def _say_resolved(
+        self, request: wire.Message, manifest: ManifestBytes, indexed: bool, index_ignored: str = ""
+    ) -> None:
         self._resolved = manifest
-        indexed = has_index(manifest.data)
         manifest_fd = wire.memfd("manifest", manifest.data)
         try:
             self._reply(
-                wire.ok(request, digest=str(manifest.digest), media_type=manifest.media_type, indexed=indexed),
+                wire.ok(
+                    request,
+                    digest=str(manifest.digest),
+                    media_type=manifest.media_type,
+                    indexed=indexed,
+                    index_ignored=index_ignored[:_MAX_REASON],
+                ),
                 [manifest_fd],
             )
         finally:
@@ -254,7 +276,9 @@ class Fetcher:
             digest = Digest.parse(wire.field(request, "digest", str))
             resolved = self._resolved
             known = resolved.data if resolved is not None and resolved.digest == digest else None
-            self._index = load_index(self._area_fd, self._sources[0], digest, known)
+            self._index, self._index_word = load_index(
+                self._area_fd, self._sources[0], digest, known, self._signed_indexes
+            )
         self._resolved = None
         for name, _ in layers:
             with contextlib.suppress(OSError):  # what cannot be shared is fetched
@@ -544,10 +568,10 @@ class Fetcher:
                 log.warning("supervisor not reachable: %s", exc)
 
 
-def run(control_fd: int, jail: Level) -> int:
+def run(control_fd: int, jail: Level, signed_indexes: SignedIndexes | None = None) -> int:
     """The process, in its jail. Returns the exit status."""
     os.umask(0o002)  # the store's group may link and remove
-    Fetcher(socket.socket(fileno=control_fd), jail).run()
+    Fetcher(socket.socket(fileno=control_fd), jail, signed_indexes).run()
     # Threads may be in a read that stalls; nothing they hold needs an orderly end.
     sys.stderr.flush()
     os._exit(0)

@@ -27,6 +27,8 @@ _MAX_LISTED = 8
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
+"""Of the config that an artifact has which needs none."""
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 
 # What a source says that does not know better.
@@ -48,6 +50,7 @@ _ATTACHMENTS = {
     "text/spdx": "an SBOM",
     "application/vnd.cyclonedx": "an SBOM",
     "application/sarif+json": "a scan report",
+    "application/vnd.modelmount.block-index": "a block index",
 }
 
 # Go's JSON decoder takes 'Layers' for 'layers'. Such a key means one thing there and nothing here.
@@ -129,6 +132,17 @@ def parse(data: bytes, content_type: str | None = None) -> Manifest | Index:
     Raises: SizeMismatchError (over 4 MiB), UnsupportedModelError naming the field: not JSON, a signature or SBOM, an
     ambiguous or malformed manifest.
     """
+    parsed = parse_referrer(data, content_type)
+    if isinstance(parsed, Index):
+        if what := attachment(parsed.artifact_type):
+            raise attachment_refused(what, parsed.artifact_type)
+    else:
+        _refuse_attachments(parsed)
+    return parsed
+
+
+def parse_referrer(data: bytes, content_type: str | None = None) -> Manifest | Index:
+    """`parse` for those who want what hangs on a model, or a list of it."""
     document = loads_strict(data, "manifest", MAX_MANIFEST_BYTES)
     _refuse_lookalikes(document, _DOCUMENT_KEYS, "")
     if "manifests" in document and ("layers" in document or "config" in document):
@@ -159,7 +173,6 @@ def parse(data: bytes, content_type: str | None = None) -> Manifest | Index:
     )
     if manifest.config.size_bytes + sum(layer.size_bytes for layer in manifest.layers) > _MAX_TOTAL_BYTES:
         raise UnsupportedModelError("manifest: the sizes of its layers add up to more than 2^63-1 bytes")
-    _refuse_attachments(manifest)
     return manifest
 
 
@@ -209,15 +222,12 @@ def _index(document: Mapping[str, Any], media_type: str) -> Index:
         raise UnsupportedModelError("manifest: manifests is not a list", media_type=media_type)
     if len(children) > MAX_LAYERS:
         raise UnsupportedModelError(f"manifest: an index of {len(children)} manifests, the limit is {MAX_LAYERS}")
-    index = Index(
+    return Index(
         media_type=media_type,
         artifact_type=_media_type(document, "artifactType", "artifactType") if document.get("artifactType") else "",
         entries=tuple(_entry(child, f"manifests[{position}]") for position, child in enumerate(children)),
         annotations=_annotations(document, "annotations"),
     )
-    if what := attachment(index.artifact_type):
-        raise attachment_refused(what, index.artifact_type)
-    return index
 
 
 def _entry(value: Any, path: str) -> IndexEntry:

@@ -41,6 +41,8 @@ from csi.stream.ports import ManifestBytes, RangeReader
 
 _ACCEPT = ", ".join((oci.OCI_MANIFEST, oci.OCI_INDEX, oci.DOCKER_MANIFEST, oci.DOCKER_LIST))
 _MAX_ERROR_BODY = 8192
+_MAX_REFERRERS = 16  # of one kind: more is somebody's attempt to keep us busy
+_NO_REFERRERS_API = (400, 404, 405, 501)
 _MAX_SKIP_BYTES = 1024 * 1024
 _LEAST_BYTES_PER_S = 1024  # less for the whole of a stall timeout counts as a stall; a guess, not measured
 _Answer = TypeVar("_Answer")
@@ -85,6 +87,35 @@ class RegistrySource:
             return self._read_manifest(response, digest, subject, deadline, endpoint)
 
         return self._first("pull" if digest else "resolve", subject, fetch, deadline)
+
+    def referrers(self, digest: Digest, artifact_type: str, timeout_s: float) -> tuple[Digest, ...]:
+        """See `ModelSource.referrers`. A registry without the referrers API keeps the list under a tag made of the digest. Some
+        say the config's media type for the artifact's.
+
+        Source: distribution-spec, "Listing Referrers" and "Referrers Tag Schema".
+        """
+        subject = f"{self.origin} referrers of {digest.short()}"
+        deadline = time.monotonic() + timeout_s
+
+        def ask(endpoint: Endpoint, subject: str) -> tuple[Digest, ...]:
+            left_s = max(deadline - time.monotonic(), 0.1)
+            response = endpoint.get_referrers(digest, artifact_type, subject, left_s)
+            if response.status in _NO_REFERRERS_API:
+                response.discard()
+                left_s = max(deadline - time.monotonic(), 0.1)
+                response = endpoint.get_manifest(digest.path_name, {"Accept": oci.OCI_INDEX}, subject, left_s)
+                if response.status == 404:
+                    response.discard()
+                    return ()
+            listed = oci.parse_referrer(self._read_manifest(response, None, subject, deadline, endpoint).data)
+            entries = listed.entries if isinstance(listed, oci.Index) else ()
+            may_be = (artifact_type, "", oci.EMPTY_TYPE)
+            found = sorted(
+                (e for e in entries if e.artifact_type in may_be), key=lambda e: may_be.index(e.artifact_type)
+            )
+            return tuple(entry.descriptor.digest for entry in found[:_MAX_REFERRERS])
+
+        return self._first("resolve", subject, ask, deadline)
 
     def open_range(self, digest: Digest, size_bytes: int, offset: int, length: int) -> RangeReader:
         """See `ModelSource.open_range`."""

@@ -14,6 +14,7 @@ from urllib.parse import quote, urljoin
 
 from csi.errors import RegistryError, RegistryUnavailableError
 from csi.oci.digest import Digest
+from csi.oci.manifest import OCI_INDEX
 from csi.registry.address_rules import MAX_REDIRECTS, AddressRules
 from csi.registry.auth import Authenticator
 from csi.registry.headers import parse_challenges
@@ -82,6 +83,11 @@ class Endpoint:
     def get_manifest(self, name: str, headers: Mapping[str, str], subject: str, timeout_s: float) -> Response:
         """GET of a manifest by tag or digest. The answer may have any final status but a redirect."""
         return self._get(f"{self._base}/manifests/{name}{self._query}", headers, subject, timeout_s)
+
+    def get_referrers(self, digest: Digest, artifact_type: str, subject: str, timeout_s: float) -> Response:
+        """GET of the list of what refers to a manifest. The answer may have any final status but a redirect."""
+        query = f"{self._query}{'&' if self._query else '?'}artifactType={quote(artifact_type, safe='')}"
+        return self._get(f"{self._base}/referrers/{digest}{query}", {"Accept": OCI_INDEX}, subject, timeout_s)
 
     def get_blob(self, digest: Digest, headers: Mapping[str, str], subject: str) -> Response:
         """GET of (a range of) a blob, at the address it was redirected to before if there is one."""

@@ -59,6 +59,10 @@ class LayoutSource:
             )
         return ManifestBytes(data, media_type, digest)
 
+    def referrers(self, digest: Digest, artifact_type: str, timeout_s: float) -> tuple[Digest, ...]:
+        """See `ModelSource.referrers`. A layout has no such list."""
+        return ()
+
     def open_range(self, digest: Digest, size_bytes: int, offset: int, length: int) -> RangeReader:
         """See `ModelSource.open_range`."""
         fd = self._open(f"blobs/{digest.algorithm}/{digest.hex}", f"blob {digest.short()}")

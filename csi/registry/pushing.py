@@ -38,6 +38,16 @@ class PushProgress:
     state: PushState
 
 
+@dataclass(frozen=True, slots=True)
+class Referrer:
+    """A manifest that says in its `subject` what it belongs to, and the blobs that it names by digest."""
+
+    manifest: bytes
+    digest: Digest
+    artifact_type: str
+    blobs: tuple[tuple[Digest, bytes], ...]
+
+
 OnProgress = Callable[[PushProgress], None]
 
 

@@ -42,13 +42,14 @@ from csi.errors import (
 )
 from csi.oci.descriptor import Descriptor
 from csi.oci.digest import Digest
-from csi.oci.manifest import OCI_MANIFEST
+from csi.oci.manifest import MAX_MANIFEST_BYTES, OCI_INDEX, OCI_MANIFEST
 from csi.oci.modelpack import PackedModel
 from csi.oci.reference import Reference
+from csi.oci.strict_json import loads_strict
 from csi.registry.address_rules import AddressRules, redact_url
 from csi.registry.auth import Authenticator, Authorization
 from csi.registry.headers import parse_challenges
-from csi.registry.pushing import HashedFile, OnProgress, PushProgress, PushState
+from csi.registry.pushing import HashedFile, OnProgress, PushProgress, PushState, Referrer
 from csi.registry.realm import split_url
 from csi.registry.transport import Transport
 
@@ -59,6 +60,7 @@ _COMMIT_BYTES_PER_S = 32 * 1024 * 1024
 _MAX_ANSWER_BYTES = 64 * 1024
 # Tokens live at least 60 s; a large PUT must begin with a fresh one, as its body cannot be sent twice.
 _TOKEN_AGE_S = 30.0
+_LIST_TRIES = 4
 _NOBODY = Authorization(None, 0, 0, frozenset())
 # What requests raises, and what escapes it: urllib3's own while a body is read, ValueError for a malformed redirect.
 _NO_ANSWER = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
@@ -132,10 +134,53 @@ class ModelUploader:
         if model.index_layer is not None:
             self._put_blob(model.index_layer, model.index, "block index")
         for name in (str(model.digest), tag):
-            url = f"{self._oras.prefix}://{self._container.manifest_url(name)}"
-            answer = self._ask("PUT", url, data=model.manifest, headers={"Content-Type": OCI_MANIFEST})
-            self._expect(answer, http.HTTPStatus.CREATED, f"manifest {name}")
+            answer = self._put_manifest(name, model.manifest, OCI_MANIFEST)
             _check_told_digest(answer, model.digest, f"{self._origin} manifest {name}")
+
+    def attach(self, referrer: Referrer, subject: Digest) -> None:
+        """Store a manifest that refers to `subject`, and its blobs. A registry that does not keep lists of referrers gets the
+        list from us, under the tag for it; two who do that at once may lose one of the two, hence the second look.
+
+        Source: distribution-spec, "Pushing Manifests with Subject". Raises: RegistryError, DigestMismatchError.
+        """
+        for digest, data in referrer.blobs:
+            self._put_blob(Descriptor("", digest, len(data)), data, "block index")
+        answer = self._put_manifest(str(referrer.digest), referrer.manifest, OCI_MANIFEST)
+        _check_told_digest(answer, referrer.digest, f"{self._origin} referrer")
+        if answer.headers.get("OCI-Subject"):
+            return
+        for _ in range(_LIST_TRIES):
+            listed = self._listed_referrers(subject)
+            if any(entry.get("digest") == str(referrer.digest) for entry in listed):
+                return
+            entry = {
+                "mediaType": OCI_MANIFEST,
+                "digest": str(referrer.digest),
+                "size": len(referrer.manifest),
+                "artifactType": referrer.artifact_type,
+            }
+            index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [*listed, entry]}
+            self._put_manifest(subject.path_name, json.dumps(index).encode(), OCI_INDEX)
+        raise RegistryUnavailableError(
+            f"{self._origin}: the list of referrers of {subject.short()} is changed by others again and again; try again"
+        )
+
+    def _listed_referrers(self, subject: Digest) -> list[dict[str, Any]]:
+        url = f"{self._oras.prefix}://{self._container.manifest_url(subject.path_name)}"
+        answer = self._ask("GET", url, headers={"Accept": OCI_INDEX}, most_bytes=MAX_MANIFEST_BYTES)
+        if answer.status == http.HTTPStatus.NOT_FOUND:
+            return []
+        self._expect(answer, http.HTTPStatus.OK, "list of referrers")
+        listed = loads_strict(answer.body, "list of referrers", MAX_MANIFEST_BYTES).get("manifests")
+        if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+            raise RegistryError(f"{self._origin}: what is tagged {subject.path_name} is not a list of referrers")
+        return listed
+
+    def _put_manifest(self, name: str, data: bytes, media_type: str) -> _Answer:
+        url = f"{self._oras.prefix}://{self._container.manifest_url(name)}"
+        answer = self._ask("PUT", url, data=data, headers={"Content-Type": media_type})
+        self._expect(answer, http.HTTPStatus.CREATED, f"manifest {name}")
+        return answer
 
     def close(self) -> None:
         """See `ModelSink`."""
@@ -211,6 +256,7 @@ class ModelUploader:
         data: HashedFile | bytes | None = None,
         headers: Mapping[str, str] | None = None,
         answer_timeout_s: float = _ANSWER_TIMEOUT_S,
+        most_bytes: int = _MAX_ANSWER_BYTES,
     ) -> _Answer:
         """One request; after a refusal, and only with a body that can be sent twice, another one as somebody else.
 
@@ -220,7 +266,7 @@ class ModelUploader:
         age_s = _TOKEN_AGE_S if isinstance(data, HashedFile) else math.inf
         authorization = self._authenticator.current(age_s) if to_registry else _NOBODY
         while True:
-            answer = self._send(method, url, data, headers, authorization, answer_timeout_s)
+            answer = self._send(method, url, data, headers, authorization, answer_timeout_s, most_bytes)
             if answer.status not in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
                 if to_registry:
                     self._authenticator.worked(authorization)
@@ -241,6 +287,7 @@ class ModelUploader:
         headers: Mapping[str, str] | None,
         authorization: Authorization,
         answer_timeout_s: float,
+        most_bytes: int,
     ) -> _Answer:
         sent = {"Accept-Encoding": "identity", "User-Agent": "modelmount", **(headers or {})}
         if authorization.header is not None:
@@ -258,7 +305,7 @@ class ModelUploader:
                 allow_redirects=False,
             )
             try:
-                body = response.raw.read(_MAX_ANSWER_BYTES, decode_content=False) or b""
+                body = response.raw.read(most_bytes, decode_content=False) or b""
             finally:
                 response.close()
         except _NO_ANSWER as exc:

@@ -46,6 +46,13 @@ class ModelSource(Protocol):
         SizeMismatchError (over 4 MiB).
         """
 
+    def referrers(self, digest: Digest, artifact_type: str, timeout_s: float) -> tuple[Digest, ...]:
+        """The manifests that say that they belong to the manifest `digest`, anybody's, and are said to be of that artifact type,
+        or may be: the first 16.
+
+        Raises: RegistryAuthError, RegistryUnavailableError, UnsupportedModelError (not a list).
+        """
+
     def open_range(self, digest: Digest, size_bytes: int, offset: int, length: int) -> RangeReader:
         """Start reading `length` bytes from `offset` of a blob that its descriptor says has `size_bytes`.
 

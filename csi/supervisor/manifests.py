@@ -21,15 +21,17 @@ from csi.oci.digest import Digest
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 5 * 1024 * 1024  # a manifest has 4 MiB at most, and its media type stands before it
+_INDEXED = b"indexed"
 
 
 @dataclass(frozen=True, slots=True)
 class KeptManifest:
-    """The very bytes that hash to `digest`, and the media type they came with."""
+    """The very bytes that hash to `digest`, and the media type they came with. `indexed`: its block index could be had."""
 
     digest: Digest
     media_type: str
     data: bytes
+    indexed: bool = False
 
 
 class KeptManifests:
@@ -44,22 +46,24 @@ class KeptManifests:
         """The manifest of that digest, if it is here and whole."""
         try:
             with open(self._path(domain, digest), "rb") as file:
-                media_type, _, data = file.read(MAX_BYTES + 1).partition(b"\n")
+                head, _, data = file.read(MAX_BYTES + 1).partition(b"\n")
         except OSError:
             return None
         if Digest.of(data, digest.algorithm) != digest:
             log.warning("the kept manifest %s is damaged and counts as not there", digest.short())
             return None
-        return KeptManifest(digest, media_type.decode("ascii", "replace"), data)
+        media_type, _, indexed = head.partition(b"\t")
+        return KeptManifest(digest, media_type.decode("ascii", "replace"), data, indexed == _INDEXED)
 
     def keep(self, domain: str, manifest: KeptManifest) -> None:
         """From now on for `life_s`. Best effort: without it the registry is asked again."""
-        if "\n" in manifest.media_type or not manifest.media_type.isascii():
+        if {"\n", "\t"} & set(manifest.media_type) or not manifest.media_type.isascii():
             return
         path = self._path(domain, manifest.digest)
         try:
             with open(f"{path}.tmp", "wb") as file:
-                file.write(manifest.media_type.encode() + b"\n" + manifest.data)
+                indexed = b"\t" + _INDEXED if manifest.indexed else b""
+                file.write(manifest.media_type.encode() + indexed + b"\n" + manifest.data)
             os.utime(f"{path}.tmp", (self._clock(), self._clock()))
             os.replace(f"{path}.tmp", path)
         except OSError as exc:

@@ -74,14 +74,15 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a reference names now. `manifest_fd` is a sealed memfd, the holder's to close. `indexed`: the model carries a
-    block index.
+    """What a reference names now. `manifest_fd` is a sealed memfd, the holder's to close. `indexed`: there is a block index
+    that this node trusts. `index_ignored`: why one that there is besides is not used.
     """
 
     manifest_fd: int
     media_type: str
     digest: Digest
     indexed: bool
+    index_ignored: str = ""
 
 
 class Mount:
@@ -112,6 +113,7 @@ class Mount:
         self._manifests = manifests
         self._asides: set[asyncio.Task[None]] = set()
         self.indexed = False
+        self.index = "none"
         self.wanted_at = 0.0
         self._first_credentials: Credentials = ()
         self._proven: set[str] = set()  # origins
@@ -133,6 +135,8 @@ class Mount:
         """
         self._fetcher = fetcher
         self.indexed = model.indexed
+        if model.index_ignored:
+            self.event("IndexIgnored", model.index_ignored)
         self._fill = prefetch is Prefetch.FULL
         self._first_credentials = credentials
         manifest = SentManifest(os.dup(model.manifest_fd), model.media_type)
@@ -293,6 +297,7 @@ class Mount:
             "reference": str(self.reference),
             "digest": str(self.key.digest),
             "verify": str(self.key.verify),
+            "index": self.index,
             "prefetch": str(Prefetch.FULL if self._fill else Prefetch.ONDEMAND),
             "device": self.kept.device if self.kept else None,
             "can_resend": self.kept.can_resend if self.kept else None,
@@ -379,6 +384,7 @@ class Mount:
             allowance=await self._granted(),
         )
         self._proven.update(map(str, reply.pop("origins", ())))
+        self.index = str(reply.pop("index", "none"))
         self.jail["fetcher"] = reply
         try:
             await self._attach(fetcher, sources, layers_fds)
@@ -683,7 +689,12 @@ async def resolve_known(fetcher: Child, manifest: KeptManifest) -> Resolved:
     manifest_fd = wire.memfd("manifest", manifest.data)
     try:
         fields, fds = await fetcher.call(
-            "known", _STORE_TIMEOUT_S, [manifest_fd], digest=str(manifest.digest), media_type=manifest.media_type
+            "known",
+            _STORE_TIMEOUT_S,
+            [manifest_fd],
+            digest=str(manifest.digest),
+            media_type=manifest.media_type,
+            indexed=manifest.indexed,
         )
     finally:
         os.close(manifest_fd)
@@ -692,7 +703,8 @@ async def resolve_known(fetcher: Child, manifest: KeptManifest) -> Resolved:
 
 def kept_of(model: Resolved) -> KeptManifest:
     """What of it to keep."""
-    return KeptManifest(model.digest, model.media_type, wire.read_all(model.manifest_fd, MAX_BYTES, "manifest"))
+    data = wire.read_all(model.manifest_fd, MAX_BYTES, "manifest")
+    return KeptManifest(model.digest, model.media_type, data, model.indexed)
 
 
 def _resolved(fields: dict[str, Any], fds: list[int]) -> Resolved:
@@ -701,6 +713,7 @@ def _resolved(fields: dict[str, Any], fds: list[int]) -> Resolved:
         wire.field(fields, "media_type", str),
         Digest.parse(wire.field(fields, "digest", str)),
         wire.field(fields, "indexed", bool),
+        str(fields.get("index_ignored", "")),
     )
 
 

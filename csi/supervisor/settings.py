@@ -24,6 +24,8 @@ class SupervisorSettings:
     credential_provider_config: str | None = None
     credential_provider_bin_dir: str | None = None
     """kubelet's credential provider plugins; both or neither."""
+    index_keys: tuple[str, ...] = ()
+    """Files with public keys whose signature makes an attached block index trusted."""
     layout_roots: tuple[str, ...] = ()
     """Directories below which `oci-layout:` references may lie; none by default, as tenants write references."""
     read_ahead_kb: int = 16 * 1024
@@ -57,6 +59,10 @@ class SupervisorSettings:
         """What a child is told of its jail at its start."""
         flags = (f"--data-dir={self.data_dir}", f"--jail={self.jail}", f"--memory-mib={self.child_memory_mib}")
         return flags + tuple(f"--read-dir={path}" for path in read_dirs)
+
+    def fetcher_flags(self) -> tuple[str, ...]:
+        """What a fetcher is told at its start."""
+        return self.jail_flags(*self.layout_roots) + tuple(f"--index-key={path}" for path in self.index_keys)
 
     def tree_path(self, mount_id: str) -> str:
         """Where the serialised tree of a live mount lies."""

@@ -60,7 +60,7 @@ class Supervisor:
         self._pool = ChildPool(
             [
                 Role("worker", settings.worker_uid, settings.child_gid, settings.jail_flags()),
-                Role("fetcher", settings.fetcher_uid, settings.child_gid, settings.jail_flags(*settings.layout_roots)),
+                Role("fetcher", settings.fetcher_uid, settings.child_gid, settings.fetcher_flags()),
             ],
             settings.spares,
         )
@@ -336,6 +336,7 @@ class Supervisor:
                 raise UnsupportedModelError(
                     f"model {model.digest.short()}: has no block index, which 'verify: chunk' and 'prefetch: ondemand' "
                     "need; push it again with 'modelmount push', or leave both out"
+                    + (f" ({model.index_ignored})" if model.index_ignored else "")
                 )
             promise = verify or (Verify.CHUNK if model.indexed else Verify.WHOLE)
             key = mount_key(wanted, model.digest, promise, view, domain)

@@ -57,6 +57,7 @@ ONLY_IN: dict[str, set[str]] = {
     "prometheus_client": {"driver"},
     "google": {"wire", "integrity", "driver"},
     "blake3": {"integrity"},
+    "cryptography": {"integrity"},
     "pyfuse3": {"fuse"},
     "trio": {"fuse", "worker"},
     "requests": {"registry"},

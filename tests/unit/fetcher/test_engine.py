@@ -39,6 +39,9 @@ class MemorySource:
     def fetch_manifest(self, tag: str | None, digest: Digest | None, timeout_s: float) -> ManifestBytes:
         raise AssertionError("the engine asks for no manifest")
 
+    def referrers(self, digest: Digest, artifact_type: str, timeout_s: float) -> tuple[Digest, ...]:
+        return ()
+
     def open_range(self, digest: Digest, size_bytes: int, offset: int, length: int) -> MemoryRange:
         self.fetched.append((offset, length))
         return MemoryRange(self.content[offset : offset + length])

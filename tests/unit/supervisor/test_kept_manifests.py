@@ -27,6 +27,9 @@ def test_what_is_kept_is_there_for_its_domain_also_after_a_restart(tmp_path: Pat
     manifests.keep("shared", MANIFEST)
     assert manifests.get("shared", MANIFEST.digest) == MANIFEST
     assert manifests.get("namespace-a", MANIFEST.digest) is None
+    indexed = KeptManifest(Digest.of(b"indexed"), "t", b"indexed", indexed=True)
+    manifests.keep("shared", indexed)
+    assert manifests.get("shared", indexed.digest) == indexed
     assert KeptManifests(str(tmp_path), 60, Clock()).get("shared", MANIFEST.digest) == MANIFEST
 
 
