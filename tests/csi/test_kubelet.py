@@ -5,17 +5,20 @@ and what is left when kubelet, the driver or the whole machine was away meanwhil
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 
 import grpc
 import pytest
 from fakes.kubelet import TOKENS_KEY, Claimed, CSIDriver, FakeKubelet, Inline, Pod, volume_handle
-from fakes.registry import FakeRegistry, Fault
+from fakes.registry import FakeRegistry, Fault, model_manifest
 from support.containers import Container, VolumeMount
 from support.machine import Machine
 from support.node_process import COMMAND, NodeProcess, process_of
@@ -480,6 +483,222 @@ def test_a_restarted_container_sees_a_mount_that_was_made_anew(own_machine: Mach
     kubelet.advance(10)
     assert kubelet.is_gone(pod)
     assert own_machine.mounts() == []
+
+
+WRITES = r"""
+import ctypes, errno, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def raw(name, *arguments):
+    if getattr(libc, name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), name)
+d, f = "/mnt/m/weights", "/mnt/m/config.json"
+attempts = {
+    "create": lambda: os.open(d + "/new", os.O_CREAT | os.O_WRONLY),
+    "exclusive": lambda: os.open(d + "/new", os.O_CREAT | os.O_EXCL | os.O_RDONLY),
+    "write": lambda: os.open(f, os.O_WRONLY),
+    "read-write": lambda: os.open(f, os.O_RDWR),
+    "append": lambda: os.open(f, os.O_WRONLY | os.O_APPEND),
+    "open-truncate": lambda: os.open(f, os.O_RDONLY | os.O_TRUNC),
+    "tmpfile": lambda: os.open(d, os.O_TMPFILE | os.O_RDWR),
+    "truncate": lambda: os.truncate(f, 0),
+    "unlink": lambda: os.unlink(f),
+    "rmdir": lambda: os.rmdir(d),
+    "mkdir": lambda: os.mkdir(d + "/new"),
+    "mknod": lambda: os.mknod(d + "/new"),
+    "fifo": lambda: os.mkfifo(d + "/new"),
+    "symlink": lambda: os.symlink("x", d + "/new"),
+    "link": lambda: os.link(f, "/mnt/m/new"),
+    "rename": lambda: os.rename(f, "/mnt/m/new"),
+    "exchange": lambda: raw("renameat2", -100, f.encode(), -100, d.encode(), 2),
+    "chmod": lambda: os.chmod(f, 0o777),
+    "chown": lambda: os.chown(f, 1, 1),
+    "utime": lambda: os.utime(f),
+    "setxattr": lambda: os.setxattr(f, "user.x", b"1"),
+    "removexattr": lambda: os.removexattr(f, "user.x"),
+}
+for name, attempt in attempts.items():
+    try:
+        attempt()
+        print(name, "worked")
+    except OSError as exc:
+        if exc.errno != errno.EROFS:
+            print(name, errno.errorcode[exc.errno])
+print(open("/mnt/m/config.json").read())
+"""
+
+
+def test_every_way_to_write_fails_with_a_read_only_file_system(machine: Machine, model: str) -> None:
+    """As root, in a container whose mount is not even read-only."""
+    kubelet, pod = machine.kubelet, pod_of(model)
+    kubelet.run(pod)
+    with Container(
+        kubelet, pod, [sys.executable, "-c", WRITES], VolumeMount(name="model", at="m", read_only=False)
+    ) as one:
+        assert one.result() == (0, FILES["config.json"].decode() + "\n", "")
+
+
+INSPECT = r"""
+import errno, json, os
+(line,) = [line for line in open("/proc/self/mountinfo") if line.split()[4] == "/mnt/m"]
+def attributes(path):
+    try:
+        return os.listxattr(path, follow_symlinks=False)
+    except OSError as exc:
+        return [] if exc.errno == errno.ENOTSUP else exc.strerror
+modes = {}
+for directory, names, files in os.walk("/mnt/m"):
+    for path in [directory] + [os.path.join(directory, name) for name in files]:
+        found = os.lstat(path)
+        modes[path] = (oct(found.st_mode), found.st_uid, attributes(path))
+print(json.dumps([line.split()[5], modes]))
+"""
+
+
+def test_a_container_sees_no_set_id_bit_no_device_and_no_attribute_though_the_hosts_flags_do_not_reach_it(
+    machine: Machine, fake_registry: FakeRegistry
+) -> None:
+    """The layer claims all of them. A runtime mounts anew with flags of its own, so nothing but the tree protects."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name, mode in (("tool", 0o6755), ("data", 0o1666)):
+            member = tarfile.TarInfo(name)
+            member.mode, member.uid, member.size = mode, 1000, 4
+            member.pax_headers = {"SCHILY.xattr.security.capability": "x", "SCHILY.xattr.user.a": "b"}
+            archive.addfile(member, io.BytesIO(b"data"))
+    layer = {
+        "mediaType": "application/vnd.cncf.model.weight.v1.tar",
+        "digest": fake_registry.add_blob(packed.getvalue()),
+        "size": len(packed.getvalue()),
+        "annotations": {"org.cncf.model.filepath": "."},
+    }
+    fake_registry.add_manifest("team/modes", "v1", model_manifest([layer], fake_registry.add_blob(b"{}")))
+    kubelet, pod = machine.kubelet, pod_of(f"{fake_registry.host}/team/modes:v1")
+    kubelet.run(pod)
+    mount = VolumeMount(name="model", at="m", read_only=False)
+    with Container(kubelet, pod, [sys.executable, "-c", INSPECT], mount) as one:
+        status, out, errors = one.result()
+    assert (status, errors) == (0, "")
+    flags, modes = json.loads(out)
+    assert not {"nosuid", "nodev"} & set(flags.split(",")), "the host's flags would hide what this test is about"
+    assert modes == {
+        "/mnt/m": ["0o40555", 0, []],
+        "/mnt/m/tool": ["0o100555", 0, []],
+        "/mnt/m/data": ["0o100444", 0, []],
+    }
+
+
+def test_df_in_a_container_is_sane(machine: Machine, model: str) -> None:
+    kubelet, pod = machine.kubelet, pod_of(model)
+    kubelet.run(pod)
+    command = ["df", "--block-size=1", "--output=fstype,used,avail,itotal", "/mnt/m"]
+    with Container(kubelet, pod, command, VolumeMount(name="model", at="m")) as one:
+        status, out, errors = one.result()
+    assert (status, errors) == (0, "")
+    kind, used, free, inodes = out.splitlines()[1].split()
+    assert kind == "fuse.modelmount"
+    assert sum(map(len, FILES.values())) <= int(used) < sum(map(len, FILES.values())) + (1 << 20)
+    assert int(free) == 0
+    assert int(inodes) >= len(FILES)
+
+
+def test_while_the_registry_is_down_what_is_cached_is_read_the_rest_fails_in_time_and_pods_go(
+    machine: Machine, fake_registry: FakeRegistry
+) -> None:
+    names = ("cached.bin", "missing.bin")
+    digest = fake_registry.add_model("team/half", "v1", {name: os.urandom(9 << 20) for name in names}, indexed=True)
+    kubelet, pod = machine.kubelet, pod_of(f"{fake_registry.host}/team/half@{digest}", prefetch="ondemand")
+    kubelet.run(pod)
+    with Container(kubelet, pod, SERVER, VolumeMount(name="model", at="m")) as container:
+        right = container.ask("/mnt/m/cached.bin")
+        fake_registry.faults.append(Fault(match="/", status=503, times=1_000_000))
+        assert container.ask("/mnt/m/cached.bin") == right
+        assert container.ask("/mnt/m/missing.bin") == "Input/output error"
+        assert container.ask("/mnt/m") == "['cached.bin', 'missing.bin']"
+    late = pod_of(f"{fake_registry.host}/team/half@{digest}", "late", prefetch="ondemand")
+    kubelet.run(late)
+    assert kubelet.is_mounted(late), "who could read it a moment ago may while the registry is down"
+    kubelet.delete(pod, late)
+    kubelet.advance(5)
+    assert kubelet.is_gone(pod)
+    assert kubelet.is_gone(late)
+
+
+MAPPED = """
+import mmap
+with open("/mnt/m/weights/model.safetensors", "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    print("mapped", flush=True)
+    print(mapped[5000000], flush=True)
+"""
+
+
+def test_the_last_pod_of_a_mount_goes_while_its_page_fault_waits_for_a_dead_registry(
+    tmp_path_factory: pytest.TempPathFactory, fake_registry: FakeRegistry, model: str
+) -> None:
+    """A read may wait ten minutes here; the pod does not: a killed process leaves its fault at once."""
+    fake_registry.faults.append(Fault(match="/blobs/", status=503, times=1_000_000))
+    with Machine(tmp_path_factory.mktemp("m"), "--read-deadline=600", "--spares=0") as machine:
+        kubelet, pod = machine.kubelet, pod_of(model)
+        kubelet.run(pod)
+        with Container(kubelet, pod, [sys.executable, "-c", MAPPED], VolumeMount(name="model", at="m")) as container:
+            assert container.process.stdout is not None
+            assert container.process.stdout.readline() == "mapped\n"
+            eventually(lambda: machine.node.status()[0]["progress"].get("last_error"))
+        kubelet.delete(pod)
+        kubelet.advance(5)
+        assert kubelet.is_gone(pod)
+        assert machine.node.status() == []
+        assert machine.mounts() == []
+
+
+# --- many
+
+
+def test_two_persistent_volumes_of_one_model_and_two_versions_side_by_side_in_one_pod(
+    machine: Machine, fake_registry: FakeRegistry, model: str
+) -> None:
+    """Their handles differ; the two of one model are one file system."""
+    other = fake_registry.add_model("team/model", "v2", {"weights/model.safetensors": b"version 2"})
+    references = {"a": model, "b": model, "c": f"{fake_registry.host}/team/model@{other}"}
+    volumes = [
+        Claimed(name=name, persistent_volume=f"pv-{name}", handle=f"handle-{name}", attributes={"reference": reference})
+        for name, reference in references.items()
+    ]
+    kubelet, pod = machine.kubelet, Pod(name="versions", volumes=volumes)
+    kubelet.run(pod)
+    assert shows(kubelet, pod, "a") == shows(kubelet, pod, "b") == FILES["weights/model.safetensors"]
+    assert shows(kubelet, pod, "c") == b"version 2"
+    devices = {name: os.stat(kubelet.target(pod, name)).st_dev for name in references}
+    assert devices["a"] == devices["b"] != devices["c"]
+    assert kubelet.stats(pod, "c").usage[0].total == len(b"version 2")
+
+
+def test_a_hundred_pods_of_one_model_and_twenty_models_in_one_pod_start_at_once(
+    machine: Machine, fake_registry: FakeRegistry, model: str
+) -> None:
+    kubelet = machine.kubelet
+    pods = [pod_of(model, f"pod-{number}") for number in range(100)]
+    references = [
+        f"{fake_registry.host}/team/m{number}@"
+        + fake_registry.add_model(f"team/m{number}", "v1", {"weights/model.safetensors": str(number).encode()})
+        for number in range(20)
+    ]
+    many = Pod(
+        name="many",
+        volumes=[Inline(name=f"v{n}", attributes={"reference": reference}) for n, reference in enumerate(references)],
+    )
+    kubelet.run(*pods, many)
+    assert {call.code for call in kubelet.calls} == {grpc.StatusCode.OK}, kubelet.events[-3:]
+    assert all(kubelet.is_mounted(pod) for pod in (*pods, many))
+    assert len({os.stat(kubelet.target(pod, "model")).st_dev for pod in pods}) == 1
+    for number in range(20):
+        assert shows(kubelet, many, f"v{number}") == str(number).encode()
+    assert len(machine.node.status()) == 21
+    kubelet.restart()
+    kubelet.wait_registered()
+    kubelet.sync()
+    assert {call.code for call in kubelet.calls} == {grpc.StatusCode.OK}
+    assert len(machine.node.status()) == 21
 
 
 def eventually(condition: Callable[[], object], meanwhile: Callable[[], object] = lambda: None) -> None:
