@@ -7,11 +7,12 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 CSI_SANITY_VERSION := v5.6.0
 IMAGE ?= localhost/modelmount:dev
 HELM := $(or $(wildcard $(CURDIR)/.tools/k8s/helm),helm)
-# Arguments for pytest: make e2e E2E='-k inline'
+# Arguments for pytest: make e2e E2E='-k inline', make test-survival SURVIVAL='--kills 1000'
 E2E ?=
+SURVIVAL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help need-root setup demo test test-fuse test-model test-csi image e2e manifests docs bench lint fmt type proto proto-check check clean
+.PHONY: help need-root setup demo test test-fuse test-model test-csi test-survival image e2e manifests docs bench lint fmt type proto proto-check check clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +47,11 @@ test-model: need-root setup ## random plans of faults, kills and damage against 
 test-csi: need-root setup .tools/csi-sanity ## the CSI service over its socket, and the csi-sanity conformance suite (root)
 	@$(SUDO) $(BIN)/python -m pytest tests/csi
 	@$(SUDO) $(BIN)/python tests/csi/sanity.py .tools/csi-sanity
+
+test-survival: need-root setup ## readers while keeper, supervisor, node and their children are killed, in containers (root)
+	@$(SUDO) tests/survival/install-packages
+	@$(SUDO) unshare -m -n -p -f --kill-child --mount-proc sh -c 'mount --make-rshared / && ip link set lo up && \
+	  exec tini -- $(BIN)/python -m pytest tests/survival $(SURVIVAL)'
 
 .tools/csi-sanity:
 	@mkdir -p .tools
@@ -98,4 +104,4 @@ proto-check: setup ## fail when csi/wire is stale
 check: lint type proto-check test test-csi demo ## exactly what CI runs
 
 clean: ## remove what this Makefile made
-	@rm -rf $(VENV) .tools .demo .bench bench.json build *.egg-info .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .tools .demo .bench bench.json survival.json build *.egg-info .mypy_cache .ruff_cache .hypothesis

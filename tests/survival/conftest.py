@@ -1,0 +1,127 @@
+"""One node of three containers per backend, with a filled model and readers of every kind for all of its tests."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from fakes.registry import FakeRegistry
+from survival.containers import ROOT, RUNC, TINI
+from survival.node import ContainerNode
+from survival.readers import Readers, Seen
+from survival.table import Table
+
+from csi.control.supervisor import is_verified
+
+_TABLE = pytest.StashKey[Table]()
+MODEL_BYTES = 24 * 1024 * 1024 + 4321
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The long form is `--kills 1000`."""
+    group = parser.getgroup("survival")
+    group.addoption("--kills", type=int, default=30, help="random kills, over both backends (default 30)")
+    group.addoption("--seed", type=int, default=20, help="of the random kills (default 20)")
+    group.addoption("--table", type=Path, default=ROOT / "survival.json", help="where the table goes, as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One table for the run."""
+    config.stash[_TABLE] = Table()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The table, on the terminal and as JSON."""
+    table = config.stash[_TABLE]
+    if table.rows:
+        terminalreporter.section("what readers saw")
+        for line in table.lines():
+            terminalreporter.write_line(line)
+        table.write(config.getoption("--table"))
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A node, a model on it that is complete in the cache, and the readers of it."""
+
+    backend: str
+    node: ContainerNode
+    registry: FakeRegistry
+    readers: Readers
+    reference: str
+    target: str
+    here: Path
+    """The target as this name space sees it."""
+    directory: Path
+    expected: Path
+    table: Table
+
+    @contextmanager
+    def event(self, name: str, note: str = "", *, readers: Readers | None = None) -> Iterator[Seen]:
+        """A line of the table. No reader may see an error or a wrong byte."""
+        with (readers or self.readers).watching() as seen:
+            yield seen
+        self.table.add(name, self.backend, seen, note)
+        assert (seen.errors, seen.wrong) == (0, 0), f"{seen.messages}\n{self.node.logs()}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Everything on both backends, one after the other."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", ["raw", "pyfuse3"], scope="session")
+
+
+@pytest.fixture(scope="session")
+def table(pytestconfig: pytest.Config) -> Table:
+    """The rows of this run."""
+    return pytestconfig.stash[_TABLE]
+
+
+@pytest.fixture(scope="session")
+def place() -> Iterator[Path]:
+    """A directory that other users and short socket paths get along with."""
+    if not any(
+        line.split()[4] == "/" and "shared:" in line for line in Path("/proc/self/mountinfo").read_text().splitlines()
+    ):
+        pytest.skip("the root of this mount name space is not shared; 'make test-survival' makes one whose root is")
+    missing = [name for name, path in (("runc", RUNC), ("tini", shutil.which(TINI))) if not path]
+    if missing:
+        pytest.skip(f"no containers: {', '.join(missing)} missing; 'make test-survival' installs them")
+    path = Path(tempfile.mkdtemp(prefix="mms-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def registry() -> Iterator[FakeRegistry]:
+    """One that misbehaves on order."""
+    with FakeRegistry() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def stage(backend: str, place: Path, registry: FakeRegistry, table: Table) -> Iterator[Stage]:
+    """See `Stage`."""
+    directory = place / backend
+    directory.mkdir()
+    content = random.Random(7).randbytes(MODEL_BYTES)
+    digest = registry.add_model("team/model", "v1", {"weights.bin": content}, indexed=True)
+    with (
+        ContainerNode(directory, {"supervisor": [f"--fuse-backend={backend}"]}) as node,
+        Readers(directory / "readers") as readers,
+    ):
+        target, here = node.target("readers")
+        reference = f"{registry.host}/team/model@{digest}"
+        node.publish(reference, target, "vol-readers")
+        node.wait_until("the model to be complete", lambda: is_verified(node.status(target)))
+        expected = directory / "readers" / "expected.bin"
+        expected.write_bytes(content)
+        readers.add_kinds(here, "weights.bin", expected)
+        yield Stage(backend, node, registry, readers, reference, target, here, directory, expected, table)
