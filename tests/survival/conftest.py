@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from fakes.registry import FakeRegistry
+from fakes.registry import FakeRegistry, Fault
 from survival.containers import ROOT, RUNC, TINI
 from survival.node import ContainerNode
 from survival.readers import Readers, Seen
@@ -21,6 +22,8 @@ from csi.control.supervisor import is_verified
 
 _TABLE = pytest.StashKey[Table]()
 MODEL_BYTES = 24 * 1024 * 1024 + 4321
+COLD_BYTES = 40 * 1024 * 1024
+READ_DEADLINE_S = 8
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,6 +50,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @dataclass(frozen=True, slots=True)
+class Cold:
+    """A model of which nothing is cached, from a slow registry, with readers of its own."""
+
+    target: str
+    here: Path
+    readers: Readers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
     """A node, a model on it that is complete in the cache, and the readers of it."""
 
@@ -58,9 +70,12 @@ class Stage:
     target: str
     here: Path
     """The target as this name space sees it."""
+    small_model: str
+    small_content: bytes
     directory: Path
     expected: Path
     table: Table
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     @contextmanager
     def event(self, name: str, note: str = "", *, readers: Readers | None = None) -> Iterator[Seen]:
@@ -69,6 +84,33 @@ class Stage:
             yield seen
         self.table.add(name, self.backend, seen, note)
         assert (seen.errors, seen.wrong) == (0, 0), f"{seen.messages}\n{self.node.logs()}"
+
+    @contextmanager
+    def cold_model(self, name: str) -> Iterator[Cold]:
+        """See `Cold`; only what is read is fetched. Taken away afterwards."""
+        content = random.Random(name).randbytes(COLD_BYTES)
+        repository = f"team/{name}-{self.backend}"
+        digest = self.registry.add_model(repository, "v1", {"cold.bin": content}, indexed=True)
+        slow = Fault(match=f"{repository}/blobs", times=1 << 30, stall_s=0.15)
+        self.registry.faults.append(slow)
+        target, here = self.node.target(name)
+        directory = self.directory / f"readers-{name}"
+        try:
+            with Readers(directory) as readers:
+                expected = directory / "expected.bin"
+                expected.write_bytes(content)
+                self.node.publish(
+                    f"{self.registry.host}/{repository}@{digest}",
+                    target,
+                    f"vol-{name}",
+                    attributes={"prefetch": "ondemand"},
+                )
+                for mode in ("sequential", "random", "mmap"):
+                    readers.add(mode, mode, here / "cold.bin", expected)
+                yield Cold(target, here, readers)
+        finally:
+            self.registry.faults.remove(slow)
+            self.node.unpublish(target)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -86,9 +128,8 @@ def table(pytestconfig: pytest.Config) -> Table:
 @pytest.fixture(scope="session")
 def place() -> Iterator[Path]:
     """A directory that other users and short socket paths get along with."""
-    if not any(
-        line.split()[4] == "/" and "shared:" in line for line in Path("/proc/self/mountinfo").read_text().splitlines()
-    ):
+    entries = Path("/proc/self/mountinfo").read_text().splitlines()
+    if not any(line.split()[4] == "/" and "shared:" in line for line in entries):
         pytest.skip("the root of this mount name space is not shared; 'make test-survival' makes one whose root is")
     missing = [name for name, path in (("runc", RUNC), ("tini", shutil.which(TINI))) if not path]
     if missing:
@@ -111,12 +152,11 @@ def stage(backend: str, place: Path, registry: FakeRegistry, table: Table) -> It
     """See `Stage`."""
     directory = place / backend
     directory.mkdir()
-    content = random.Random(7).randbytes(MODEL_BYTES)
+    content, small = random.Random(7).randbytes(MODEL_BYTES), random.Random(8).randbytes(1 << 20)
     digest = registry.add_model("team/model", "v1", {"weights.bin": content}, indexed=True)
-    with (
-        ContainerNode(directory, {"supervisor": [f"--fuse-backend={backend}"]}) as node,
-        Readers(directory / "readers") as readers,
-    ):
+    small_digest = registry.add_model("team/small", "v1", {"small.bin": small}, indexed=True)
+    flags = [f"--fuse-backend={backend}", f"--read-deadline={READ_DEADLINE_S}"]
+    with ContainerNode(directory, {"supervisor": flags}) as node, Readers(directory / "readers") as readers:
         target, here = node.target("readers")
         reference = f"{registry.host}/team/model@{digest}"
         node.publish(reference, target, "vol-readers")
@@ -124,4 +164,17 @@ def stage(backend: str, place: Path, registry: FakeRegistry, table: Table) -> It
         expected = directory / "readers" / "expected.bin"
         expected.write_bytes(content)
         readers.add_kinds(here, "weights.bin", expected)
-        yield Stage(backend, node, registry, readers, reference, target, here, directory, expected, table)
+        yield Stage(
+            backend=backend,
+            node=node,
+            registry=registry,
+            readers=readers,
+            reference=reference,
+            target=target,
+            here=here,
+            small_model=f"{registry.host}/team/small@{small_digest}",
+            small_content=small,
+            directory=directory,
+            expected=expected,
+            table=table,
+        )
