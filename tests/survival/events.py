@@ -7,9 +7,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from survival.conftest import Stage
-from survival.node import COMPONENTS
 
 CHILDREN = ("worker", "fetcher", "store")
 
@@ -28,6 +28,14 @@ def shoot(stage: Stage, role: str) -> int:
         os.kill(pid, signal.SIGKILL)
         return pid
     return 0
+
+
+def shoot_nurseries(stage: Stage) -> None:
+    """SIGKILL to the processes that workers and fetchers are forked from."""
+    for pid, command in stage.node.container("supervisor").processes().items():
+        if "--nursery" in command:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def another(stage: Stage, role: str, before: int) -> bool:
@@ -73,11 +81,9 @@ def restart_supervisor(stage: Stage) -> None:
 
 def at_random(stage: Stage) -> dict[str, Callable[[], object]]:
     """Everything that may happen at any time, by name."""
-    events: dict[str, Callable[[], object]] = {
-        f"SIGKILL {role}": lambda role=role: shoot(stage, role) for role in CHILDREN
-    }  # type: ignore[misc]
-    for component in COMPONENTS:
-        if component != "supervisor":
-            events[f"SIGKILL {component}"] = lambda component=component: stage.node.restart(component)  # type: ignore[misc]
-    events["SIGKILL supervisor"] = lambda: restart_supervisor(stage)
+    events: dict[str, Callable[[], object]] = {f"SIGKILL {role}": partial(shoot, stage, role) for role in CHILDREN}
+    events["SIGKILL nurseries"] = partial(shoot_nurseries, stage)
+    for component in ("keeper", "node"):
+        events[f"SIGKILL {component}"] = partial(stage.node.restart, component)
+    events["SIGKILL supervisor"] = partial(restart_supervisor, stage)
     return events

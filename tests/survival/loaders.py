@@ -13,6 +13,7 @@ import json
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,8 @@ def write_encoder(directory: Path) -> None:
     with open(directory / WEIGHTS, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
-    initializers, nodes = [], []
+    initializers: list[Any] = []
+    nodes: list[Any] = []
 
     def weight(name: str) -> str:
         begin, end = header[name]["data_offsets"]
@@ -49,7 +51,7 @@ def write_encoder(directory: Path) -> None:
         initializers.append(helper.make_tensor(name, kind, shape, values if isinstance(values, list) else [values]))
         return name
 
-    def node(operation: str, *inputs: str, **attributes: object) -> str:
+    def node(operation: str, *inputs: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(operation, list(inputs), [f"n{len(nodes)}"], **attributes))
         return str(nodes[-1].output[0])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class ContainerNode:
     Paths in calls are those inside the containers, below /var/lib/kubelet; `target.host` says where it is here.
     """
 
-    def __init__(self, directory: Path, flags: dict[str, Sequence[str]] | None = None) -> None:
+    def __init__(self, directory: Path, flags: Mapping[str, Sequence[str]] | None = None) -> None:
         self.directory = directory
         self.kubelet_dir, self.state_dir = directory / "kubelet", directory / "run"
         self.data_dir = directory / "data"

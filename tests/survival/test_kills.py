@@ -6,11 +6,12 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 
 import grpc
 import pytest
 from survival.conftest import Stage
-from survival.events import kill, replace, restart_supervisor, shoot
+from survival.events import another, kill, replace, restart_supervisor, shoot, shoot_nurseries
 
 pytestmark = [pytest.mark.fuse, pytest.mark.survival, pytest.mark.timeout(600)]
 
@@ -91,6 +92,13 @@ def test_the_node_is_killed_inside_a_publish(stage: Stage) -> None:
             assert not here.exists()
 
 
+def test_the_nurseries_are_killed_with_the_worker(stage: Stage) -> None:
+    """What workers are forked from is gone, too."""
+    with stage.event("SIGKILL nurseries and worker at once"):
+        shoot_nurseries(stage)
+        kill(stage, "worker")
+
+
 @pytest.mark.parametrize(
     "roles",
     [("worker", "fetcher"), ("worker", "fetcher", "store")],
@@ -98,10 +106,9 @@ def test_the_node_is_killed_inside_a_publish(stage: Stage) -> None:
 )
 def test_children_are_killed_together(stage: Stage, roles: tuple[str, ...]) -> None:
     with stage.event(f"SIGKILL {', '.join(roles)} at once"):
-        for role in roles:
-            shoot(stage, role)
-        for role in roles:
-            kill(stage, role)
+        killed = {role: shoot(stage, role) for role in roles}
+        for role, pid in killed.items():
+            stage.node.wait_until(f"another {role}", partial(another, stage, role, pid))
 
 
 @pytest.mark.parametrize("roles", [("worker",), ("worker", "fetcher")], ids=" and ".join)

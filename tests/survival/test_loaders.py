@@ -17,6 +17,8 @@ from survival.conftest import Stage
 from survival.loaders import WEIGHTS, write_encoder
 
 pytestmark = [pytest.mark.fuse, pytest.mark.survival, pytest.mark.timeout(600)]
+_KILLS = 4  # of one worker within seconds; one more, and the supervisor takes it for one that cannot start
+_BETWEEN_KILLS_S = 0.4
 SCRIPT = Path(__file__).with_name("loaders.py")
 
 
@@ -44,10 +46,12 @@ def test_a_loader_whose_worker_is_killed_in_mid_load(stage: Stage, local_copy: P
             command = [sys.executable, str(SCRIPT), loader]
             running = subprocess.Popen([*command, str(here)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             while running.poll() is None:
-                if has_read(here / WEIGHTS, running.pid) and (pid := worker_of(stage, target)) not in (0, *killed):
-                    os.kill(pid, signal.SIGKILL)
-                    killed.append(pid)
-                time.sleep(0.1)
+                if len(killed) < _KILLS and has_opened(here / WEIGHTS, running.pid):
+                    if (pid := worker_of(stage, target)) not in (0, *killed):
+                        os.kill(pid, signal.SIGKILL)
+                        killed.append(pid)
+                    time.sleep(_BETWEEN_KILLS_S)
+                time.sleep(0.02)
             found, errors = running.communicate()
         assert running.returncode == 0, errors
         assert killed, "it was loaded before anybody was killed"
@@ -58,7 +62,7 @@ def test_a_loader_whose_worker_is_killed_in_mid_load(stage: Stage, local_copy: P
         stage.node.unpublish(target)
 
 
-def has_read(path: Path, pid: int) -> bool:
+def has_opened(path: Path, pid: int) -> bool:
     """Whether the process has the weights open or mapped."""
     try:
         if str(path) in Path(f"/proc/{pid}/maps").read_text():

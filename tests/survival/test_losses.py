@@ -21,10 +21,10 @@ pytestmark = [pytest.mark.fuse, pytest.mark.survival, pytest.mark.timeout(600)]
 _FUSE_CONNECTIONS = Path("/sys/fs/fuse/connections")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def spare_node(backend: str, place: Path) -> Iterator[ContainerNode]:
     """A node of its own, for what ends its mounts."""
-    directory = place / f"spare-{backend}-{time.monotonic_ns() % 100_000}"
+    directory = place / f"spare-{backend}"
     directory.mkdir()
     flags = {"supervisor": [f"--fuse-backend={backend}"], "node": ["--metrics-address=127.0.0.1:9809"]}
     with ContainerNode(directory, flags) as node:
