@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from csi.cli import supervisor
 from csi.control import endpoint
 from csi.control.keeper import SOCKET_NAME as KEEPER_SOCKET
 from csi.control.supervisor import SOCKET_NAME as SUPERVISOR_SOCKET
+from csi.driver.sockets import endpoint_path
 from csi.errors import ControlError, MountError
 from csi.jail.privileges import end_with_parent
 
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 10.0
-_RESTART_DELAY_S = 0.5  # for what ended soon after its start; anything else is started again at once
+_RESTART_DELAY_S, _LONGEST_DELAY_S = 0.5, 30.0  # doubled each time for what ended soon after its start, else none
 _SOON_S = 5.0
 
 
@@ -37,9 +39,14 @@ class ProcessTree:
         self._commands: dict[str, list[str]] = {}
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._started: dict[str, float] = {}
+        self._delays: dict[str, float] = {}
+        self._due: dict[str, float] = {}
 
     def start(self, name: str, arguments: Sequence[str], is_up: Callable[[], None]) -> None:
-        """Start `modelmount <name>` and wait until `is_up` raises nothing. Raises: MountError, ControlError."""
+        """Start `modelmount <name>` and wait until `is_up` raises nothing.
+
+        Raises: MountError when it ends instead, ControlError when it is not up within 20 s.
+        """
         self._commands[name] = [sys.executable, "-m", "csi.cli.main", name, *arguments]
         child = self._spawn(name)
         deadline = time.monotonic() + _START_TIMEOUT_S
@@ -55,15 +62,23 @@ class ProcessTree:
                 time.sleep(0.02)
 
     def watch(self, stopping: Callable[[], bool]) -> None:
-        """Restart what ends until `stopping`."""
+        """Restart what ends until `stopping`. One that cannot come up costs the others nothing."""
         while not stopping():
+            now = time.monotonic()
             for name, child in list(self._children.items()):
                 if child.poll() is None:
                     continue
-                log.error("%s ended with status %d; it is started again", name, child.returncode)
-                if time.monotonic() - self._started[name] < _SOON_S:
-                    time.sleep(_RESTART_DELAY_S)
-                self._spawn(name)
+                if name not in self._due:
+                    ran_s = now - self._started[name]
+                    self._delays[name] = restart_delay(ran_s, self._delays.get(name, 0.0))
+                    self._due[name] = now + self._delays[name]
+                    log.error(
+                        "%s ended with status %d after %.1f s; it is started again in %g s",
+                        *(name, child.returncode, ran_s, self._delays[name]),
+                    )
+                if now >= self._due[name]:
+                    del self._due[name]
+                    self._spawn(name)
             time.sleep(0.05)
 
     def stop(self) -> None:
@@ -90,6 +105,13 @@ class ProcessTree:
         self._children[name] = child
         self._started[name] = time.monotonic()
         return child
+
+
+def restart_delay(ran_s: float, last_delay_s: float) -> float:
+    """Seconds until a child that ran so long is started again; `last_delay_s` is what it waited the last time."""
+    if ran_s >= _SOON_S:
+        return 0.0
+    return min(max(_RESTART_DELAY_S, 2 * last_delay_s), _LONGEST_DELAY_S)
 
 
 def start_keeper_and_supervisor(tree: ProcessTree, args: argparse.Namespace) -> None:
@@ -133,7 +155,7 @@ def run_tree(args: argparse.Namespace) -> int:
                 *(f"--plain-http-host={host}" for host in args.plain_http_host),
                 f"--log-level={args.log_level}",
             ],
-            lambda: None,
+            lambda: _listens(endpoint_path(args.endpoint)),
         )
         tree.watch(lambda: stop_requested)
         return 0
@@ -145,6 +167,16 @@ def require_root() -> None:
     """Raises: MountError that says so in one line."""
     if os.geteuid() != 0:
         raise MountError("mounting needs root: run it again with sudo")
+
+
+def _listens(path: str) -> None:
+    """Raises: ControlError when nobody listens on that stream socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except OSError as exc:
+            raise ControlError(f"nothing listens on {path} {_START_TIMEOUT_S:g} s after the start: {exc}") from exc
 
 
 def _answers(state_dir: str, socket_name: str) -> None:

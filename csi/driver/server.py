@@ -97,13 +97,13 @@ async def serve(
     )
     if provisioner is not None:
         csi_pb2_grpc.add_ControllerServicer_to_server(ControllerService(provisioner), server)
-    await _listen(server, path)
-    log.info("CSI node service at %s", path)
     exporter = None
     if settings.metrics_address is not None:
         collector = NodeCollector(settings.state_dir, settings.data_dir, settings.version)
         exporter = Exporter(settings.metrics_address, collector)
         exporter.start()
+    await _listen(server, path)
+    log.info("CSI node service at %s", path)
     registration = None
     if settings.registration_dir is not None:
         registration = Registration(settings.registration_dir, settings.kubelet_endpoint or path)
