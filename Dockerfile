@@ -20,17 +20,13 @@ RUN --mount=type=secret,id=pip.conf,target=/run/secrets/pip.conf \
       -c constraints.txt -r dependencies.txt "setuptools>=77"
 COPY README.md LICENSE ./
 COPY csi csi
-RUN /opt/modelmount/bin/pip install -q --no-cache-dir --no-deps --no-build-isolation . \
+# Another version than the source's own, for those who build one; `modelmount --version` says it.
+ARG VERSION=
+RUN if [ -n "$VERSION" ]; then sed -i "s/^version = .*/version = \"$VERSION\"/" pyproject.toml; fi \
+ && /opt/modelmount/bin/pip install -q --no-cache-dir --no-deps --no-build-isolation . \
  && /opt/modelmount/bin/pip uninstall -q -y setuptools pip
 
 FROM ${BASE}
-ARG VERSION=0.0.0
-ARG REVISION=unknown
-LABEL org.opencontainers.image.title="ModelMount" \
-      org.opencontainers.image.description="AI models in OCI registries as Kubernetes volumes" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
 RUN export DEBIAN_FRONTEND=noninteractive \
  && apt-get update -qq \
  && apt-get install -y -qq --no-install-recommends ca-certificates libfuse3-3 python3 tini \
@@ -38,6 +34,14 @@ RUN export DEBIAN_FRONTEND=noninteractive \
 COPY --from=build /opt/modelmount /opt/modelmount
 ENV PATH=/opt/modelmount/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     PYTHONDONTWRITEBYTECODE=1
+# After what takes long: another revision shares those layers.
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="ModelMount" \
+      org.opencontainers.image.description="AI models in OCI registries as Kubernetes volumes" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
 # Roles that need another user (keeper, supervisor and node are uid 0, each with the capabilities it needs) say so.
 USER 65532:65532
 WORKDIR /

@@ -12,7 +12,7 @@ E2E ?=
 SURVIVAL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help need-root setup demo test test-fuse test-model test-csi test-survival image e2e manifests docs bench lint fmt type proto proto-check check clean
+.PHONY: help need-root setup demo test test-fuse test-model test-csi test-survival image e2e e2e-external manifests docs bench lint fmt type proto proto-check check clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,8 +73,12 @@ else
 	@$(SUDO) tests/e2e/install-packages
 	@tests/e2e/build-kubernetes .tools/k8s
 	@$(MAKE) -s image
+	@$(SUDO) tests/e2e/build-other .tools/image .tools/other $(HELM)
 	@$(SUDO) unshare -m -n sh -c 'mount --make-rshared / && exec $(BIN)/python -m pytest tests/e2e $(E2E)'
 endif
+
+e2e-external: need-root setup ## the same suite as a KUBECONFIG user runs it, against a cluster of its own (root; after make e2e)
+	@$(SUDO) unshare -m -n sh -c 'mount --make-rshared / && cd tests && PYTHONPATH=.:../deploy/demo exec ../$(BIN)/python -m e2e.external $(or $(RUN),sh -c "cd .. && make e2e KUBECONFIG=\$$KUBECONFIG")'
 
 manifests: ## render the plain manifests from the chart (needs helm)
 	@deploy/manifests/render $(HELM)

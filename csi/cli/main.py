@@ -22,6 +22,7 @@ _VERBS = {
     "status": "csi.cli.status",
     "doctor": "csi.cli.doctor",
     "cache": "csi.cli.cache",
+    "uninstall": "csi.cli.uninstall",
     "node": "csi.cli.node",
     "controller": "csi.cli.controller",
     "keeper": "csi.cli.keeper",

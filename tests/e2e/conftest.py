@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,10 @@ from registry_process import RegistryProcess
 
 BINARIES = Path(os.environ.get("MODELMOUNT_E2E_BINARIES", ROOT / ".tools" / "k8s"))
 IMAGE = os.environ.get("MODELMOUNT_E2E_IMAGE", "localhost/modelmount:dev")
+# Another version of image and chart, as tests/e2e/build-other makes it.
+OTHER_IMAGE = os.environ.get("MODELMOUNT_E2E_OTHER_IMAGE", "localhost/modelmount:other")
+OTHER_DIRECTORY = ROOT / ".tools" / "other"
+OTHER_ARCHIVE = OTHER_DIRECTORY / "image.tar"
 IMAGE_ARCHIVE = Path(os.environ.get("MODELMOUNT_E2E_IMAGE_ARCHIVE", ROOT / ".tools" / "image" / "modelmount.tar"))
 _NEEDED = ("kubelet", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl", "containerd", "runc")
 
@@ -37,7 +43,7 @@ def helm_binary() -> str:
 @pytest.fixture(scope="session")
 def directory() -> Path:
     """Short, because sockets lie below it."""
-    path = ROOT / ".e2e"
+    path = ROOT / (".e2e-remote" if os.environ.get("KUBECONFIG") else ".e2e")
     shutil.rmtree(path, ignore_errors=True)
     return path
 
@@ -46,7 +52,7 @@ def directory() -> Path:
 def cluster(directory: Path) -> Iterator[KubernetesApi]:
     """KUBECONFIG's cluster, else one of our own."""
     if kubeconfig := os.environ.get("KUBECONFIG"):
-        remote = RemoteCluster(Path(kubeconfig))
+        remote = RemoteCluster(Path(kubeconfig), _given_values().get("stateDir", "/run/modelmount"))
         remote.driver_image = IMAGE
         try:
             yield remote
@@ -104,12 +110,44 @@ def values(cluster: KubernetesApi, registry_host: str) -> dict[str, Any]:
     }
     if isinstance(cluster, LocalCluster):
         values |= {
+            # How full this machine's disk is does not matter.
+            "cache.minFreePercent": 1,
             "fetch.plainHTTPHosts": [registry_host, f"{ADDRESS}:5001", f"{ADDRESS}:5002"],
             "kubeletDir": str(cluster.kubelet_dir),
             "stateDir": cluster.state_dir,
             "dataDir": str(cluster.data_dir),
         }
-    return values
+    return values | _given_values()
+
+
+def _given_values() -> dict[str, Any]:
+    """What a remote cluster needs besides: MODELMOUNT_E2E_VALUES='{"kubeletDir": "/var/lib/k0s/kubelet"}'."""
+    return dict(json.loads(os.environ.get("MODELMOUNT_E2E_VALUES") or "{}"))
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """Another version of image and chart; `values` name the image."""
+
+    chart: Path
+    tag: str
+    version: str
+    values: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def other(cluster: KubernetesApi) -> Version:
+    """What the release is upgraded to, and from where it is rolled back."""
+    charts = list(OTHER_DIRECTORY.glob("modelmount-*.tgz"))
+    if not charts:
+        pytest.skip("no other version of the chart; tests/e2e/build-other makes one")
+    if isinstance(cluster, LocalCluster):
+        cluster.import_image(OTHER_ARCHIVE)
+    elif "MODELMOUNT_E2E_OTHER_IMAGE" not in os.environ:
+        pytest.skip("MODELMOUNT_E2E_OTHER_IMAGE must name an image of another version that the nodes have")
+    repository, _, tag = OTHER_IMAGE.rpartition(":")
+    image = {"repository": repository, "tag": tag, "pullPolicy": cluster.pull_policy}
+    return Version(charts[0], tag, (OTHER_DIRECTORY / "version").read_text().strip(), {"image": image})
 
 
 @pytest.fixture(scope="session")

@@ -39,17 +39,21 @@ class Helm:
         assert done.returncode != 0, f"helm {' '.join(arguments)[:300]} should have failed"
         return done.stderr
 
-    def install(self, values: dict[str, Any]) -> None:
+    def install(self, values: dict[str, Any], chart: Path = CHART) -> None:
         """Install or upgrade with these values."""
         self.run(
-            *("upgrade", "--install", "modelmount", str(CHART)),
+            *("upgrade", "--install", "modelmount", str(chart)),
             *("--namespace", NAMESPACE, "--create-namespace"),
             *flags_of(values),
         )
 
+    def rollback(self) -> None:
+        """To what was installed before."""
+        self.run("rollback", "modelmount", "--namespace", NAMESPACE)
+
     def uninstall(self) -> None:
         """And wait until its objects are gone."""
-        self.run("uninstall", "modelmount", "--namespace", NAMESPACE, "--wait", "--timeout=120s")
+        self.run("uninstall", "modelmount", "--namespace", NAMESPACE, "--wait", "--timeout=180s")
 
 
 def flags_of(values: dict[str, Any]) -> list[str]:

@@ -14,8 +14,8 @@ _ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}
 _APPLETS = ("sh", "cat", "sha256sum", "sleep", "ls", "cut", "stat", "test", "dd", "touch", "df", "grep", "id")
 
 
-def busybox_image(binary: bytes) -> bytes:
-    """An OCI image archive of one static busybox; its default command sleeps, so it serves as the sandbox image too."""
+def busybox_image(binary: bytes, name: str = READER_IMAGE) -> bytes:
+    """An OCI image archive of one static busybox called `name`; its default command sleeps, so it serves as the sandbox image too."""
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as tar:
         for directory in ("bin", "tmp", "models", "etc"):
@@ -49,7 +49,10 @@ def busybox_image(binary: bytes) -> bytes:
         "layers": [add(layer.getvalue(), "application/vnd.oci.image.layer.v1.tar")],
     }
     descriptor = add(json.dumps(manifest).encode(), "application/vnd.oci.image.manifest.v1+json")
-    descriptor["annotations"] = {"io.containerd.image.name": READER_IMAGE, "org.opencontainers.image.ref.name": "1"}
+    descriptor["annotations"] = {
+        "io.containerd.image.name": name,
+        "org.opencontainers.image.ref.name": name.rpartition(":")[2],
+    }
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         files = {

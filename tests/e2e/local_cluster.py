@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ class LocalCluster(KubernetesApi):
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._shims_were_there = os.path.exists(_SHIMS)
 
+        self.boot_id = str(uuid.uuid4())
+
     def start(self) -> None:
         """Raises: AssertionError with the log of what did not come up."""
         self.directory.mkdir(parents=True)
@@ -95,13 +98,17 @@ class LocalCluster(KubernetesApi):
                 process.wait()
 
     def reboot(self) -> None:
-        """What a node loses at a reboot: every container and process of it, every mount, everything on a tmpfs."""
+        """What a node loses at a reboot: every container and process of it, every mount, everything on a tmpfs.
+
+        Containers see another boot id from then on.
+        """
         self.stop_process("kubelet", signal.SIGKILL)
         self.kill_containers(remove=False)
         self.stop_process("containerd", signal.SIGKILL)
         self.unmount_everything()
         shutil.rmtree(self.state_dir, ignore_errors=True)
         shutil.rmtree(self.directory / "containerd-state", ignore_errors=True)
+        self.boot_id = str(uuid.uuid4())
         self.start_containerd()
         self.start_kubelet()
 
@@ -296,6 +303,7 @@ class LocalCluster(KubernetesApi):
             },
         }
         (cni / "10-pods.conflist").write_text(json.dumps({"cniVersion": "0.4.0", "name": "pods", "plugins": [network]}))
+        base_spec = self._write_base_spec()
         config = self._write(
             "containerd.toml",
             f"""version = 3
@@ -313,6 +321,7 @@ bin_dirs = ["{_CNI_BIN}"]
 conf_dir = "{cni}"
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
 runtime_type = "io.containerd.runc.v2"
+base_runtime_spec = "{base_spec}"
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
 BinaryName = "{self._binaries}/runc"
 SystemdCgroup = false
@@ -323,6 +332,23 @@ SystemdCgroup = false
         while self._ctr("version").returncode:
             assert time.monotonic() < deadline, self.log("containerd")
             time.sleep(0.3)
+
+    def _write_base_spec(self) -> Path:
+        """What every container begins with: containerd's own, and a hook that binds our boot id over the machine's."""
+        (self.directory / "boot-id").unlink(missing_ok=True)  # containers of the boot before keep theirs
+        self._write("boot-id", f"{self.boot_id}\n")
+        hook = self._write(
+            "bind-boot-id",
+            f"""#!/bin/sh
+# Called in the container's mount name space before its root becomes `/`; its state comes as JSON.
+bundle=$(sed -n 's/.*"bundle":"\\([^"]*\\)".*/\\1/p')
+mount --bind {self.directory}/boot-id "$bundle/rootfs/proc/sys/kernel/random/boot_id"
+""",
+        )
+        hook.chmod(0o755)
+        shown = subprocess.run([self._binaries / "ctr", "oci", "spec"], check=True, capture_output=True, text=True)
+        spec = json.loads(shown.stdout) | {"hooks": {"createContainer": [{"path": str(hook)}]}}
+        return self._write("base-spec.json", json.dumps(spec))
 
     def _spawn(self, name: str, arguments: list[str], binary: str | None = None) -> None:
         environment = dict(os.environ, PATH=f"{self._binaries}:{os.environ['PATH']}")

@@ -24,6 +24,10 @@ EVERYTHING: dict[str, Any] = {
     "podAnnotations": {"example.com/a": "b"},
     "podLabels": {"example.com/c": "d"},
     "supervisor.hostNetwork": True,
+    "supervisor.updateStrategy": "OnDelete",
+    "cache.limit": "2TiB",
+    "jail": "require",
+    "uninstall.keepCache": True,
     "node.registrar.enabled": True,
     "sharing": "isolated",
     "node.removeStartupTaint": True,
@@ -67,6 +71,8 @@ def test_lint_finds_nothing(chart_helm: Helm, values: dict[str, Any]) -> None:
         ("kubeletDir", "/" + "long/" * 20 + "x", "kubeletDir"),
         ("image.digest", "latest", "digest"),
         ("logLevel", "loud", "logLevel"),
+        ("cache.limit", "much", "limit"),
+        ("supervisor.updateStrategy", "Recreate", "updateStrategy"),
         ("storageClasses", [{"name": "open-to-all"}], "storageClasses"),
         ("tokenRequests", [{"expirationSeconds": 3600}], "audience"),
     ],
@@ -96,15 +102,15 @@ def test_only_the_keeper_is_privileged(chart_helm: Helm) -> None:
         privileged = [
             document for document in template(chart_helm, values).split("\n---\n") if "privileged: true" in document
         ]
-        assert [re.findall(r"^  name: (\S+)", document, re.MULTILINE) for document in privileged] == [
-            ["modelmount-keeper"]
-        ]
+        names = sorted(re.findall(r"^  name: (\S+)", document, re.MULTILINE)[0] for document in privileged)
+        # The second exists only after the release's end, to unmount what the first has left.
+        assert names == ["modelmount-keeper", "modelmount-uninstall"]
 
 
 def test_every_container_has_a_read_only_root_and_limits(chart_helm: Helm) -> None:
     rendered = template(chart_helm, EVERYTHING)
     containers = len(re.findall(r"^ +image: ", rendered, re.MULTILINE))
-    assert containers == 6
+    assert containers == 9
     for what in ("readOnlyRootFilesystem: true", "limits:", "requests:"):
         assert rendered.count(what) == containers, what
 
@@ -122,7 +128,7 @@ def test_the_commands_accept_the_flags_the_chart_gives_them(chart_helm: Helm, va
             if arguments[0].startswith("-"):
                 continue  # a sidecar's
             parsed.append(build_parser([arguments[0]]).parse_args(arguments).verb)
-    assert sorted(parsed) == ["controller", "keeper", "node", "supervisor"]
+    assert sorted(parsed) == ["controller", "keeper", "node", "supervisor", "uninstall", "uninstall"]
 
 
 def test_the_plain_manifests_are_what_the_chart_renders(helm_binary: str) -> None:

@@ -185,10 +185,14 @@ def test_a_registry_outage_shows_in_the_pods_status_and_clears(
 
 
 def test_the_node_is_rebooted(cluster: KubernetesApi, local_cluster: LocalCluster, release: Helm, model: Model) -> None:
-    """kubelet, containerd and every container killed, every mount and tmpfs gone; the pods that restart read again."""
+    """kubelet, containerd and every container killed, every mount and tmpfs gone, and the next boot has another id; the pod
+    restarts, and reads the same bytes from the cache.
+    """
     command = f"{HASH.replace('/dev/termination-log', '/tmp/hash')}; sleep 3600"
     cluster.run_pod("survivor", command, inline(model.references["v1"]), MOUNTS, restartPolicy="Always")
     cluster.wait_running("survivor")
+    boot_ids = {driver_boot_id(cluster), local_cluster.boot_id}
+    assert len(boot_ids) == 1, "containers see the boot id of the cluster's node"
     local_cluster.reboot()
     local_cluster.wait("the node to be Ready", local_cluster.node_is_ready, 90)
     for component in ("keeper", "supervisor", "node"):
@@ -203,22 +207,39 @@ def test_the_node_is_rebooted(cluster: KubernetesApi, local_cluster: LocalCluste
         return False
 
     cluster.wait("the pod to read its model again", reads_again, 120)
+    assert driver_boot_id(cluster) == local_cluster.boot_id
+    assert driver_boot_id(cluster) not in boot_ids
+    (mount,) = cluster.status()
+    assert mount["progress"].get("fetched_bytes", 0) == 0, "what was verified before the reboot was fetched again"
+
+
+def driver_boot_id(cluster: KubernetesApi) -> str:
+    """What the supervisor, whose cache depends on it, takes for the id of this boot."""
+    return cluster.driver_exec("supervisor", "cat", "/proc/sys/kernel/random/boot_id").strip()
 
 
 def test_an_uninstalled_release_leaves_nothing_on_the_node(
     cluster: KubernetesApi, local_cluster: LocalCluster, release: Helm, values: dict[str, Any], model: Model
 ) -> None:
-    """No mount, no socket, no object; the cache's directory stays. Installed again, it serves."""
+    """No mount, not even of a pod that was forgotten, no socket, record, object, taint or cache. Installed again, it serves."""
     cluster.run_pod("before", HASH, inline(model.references["v1"]), MOUNTS)
     assert cluster.result("before") == (0, model.digests["v1"])
     cluster.delete_pod("before")
+    cluster.run_pod("forgotten", "sleep 3600", inline(model.references["v2"]), MOUNTS)
+    cluster.wait_running("forgotten")
+    assert list(local_cluster.data_dir.glob("cache/*"))
     release.uninstall()
     cluster.wait("the driver's pods to be gone", lambda: pods_of_the_driver(cluster) == [], 60)
     try:
         assert local_cluster.models_mounted() == []
         places = [local_cluster.kubelet_dir / "plugins", local_cluster.kubelet_dir / "plugins_registry"]
-        for place in (*places, Path(local_cluster.state_dir)):
+        for place in places:
             assert [path for path in place.rglob("*") if path.is_socket()] == []
+        for place in (Path(local_cluster.state_dir), local_cluster.data_dir):
+            assert list(place.iterdir()) == []
+        assert not cluster.request("GET", f"/api/v1/nodes/{NODE}")["spec"].get("taints")
+        for path in (f"/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets", f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"):
+            assert cluster.request("GET", path)["items"] == [], "the hooks took themselves away too"
         assert cluster.get(f"/apis/storage.k8s.io/v1/csidrivers/{DRIVER}") is None
         cluster.wait("kubelet to forget the driver", lambda: not cluster.is_registered(), 30)
         for kind in ("clusterroles", "clusterrolebindings"):
@@ -229,6 +250,7 @@ def test_an_uninstalled_release_leaves_nothing_on_the_node(
         for component in ("keeper", "supervisor", "node"):
             cluster.wait_rolled_out(component)
         cluster.wait("kubelet to register the driver", cluster.is_registered, 60)
+    cluster.delete_pod("forgotten")
     cluster.run_pod("after", HASH, inline(model.references["v1"]), MOUNTS)
     assert cluster.result("after") == (0, model.digests["v1"])
 

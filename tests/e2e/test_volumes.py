@@ -155,8 +155,14 @@ def test_a_pod_of_the_restricted_profile_may_use_an_inline_model(cluster: Kubern
 
 
 def test_a_pod_with_a_user_namespace_of_its_own(cluster: KubernetesApi, model: Model) -> None:
-    cluster.run_pod("userns", f"id -u > /tmp/id; {HASH}", inline(model.references["v1"]), MOUNTS, hostUsers=False)
-    assert cluster.result("userns") == (0, model.digests["v1"])
+    command = f"{HASH}; cat /proc/self/uid_map >> /dev/termination-log; stat -c %u /models/version.txt >> /dev/termination-log"
+    cluster.run_pod("userns", command, inline(model.references["v1"]), MOUNTS, hostUsers=False)
+    status, message = cluster.result("userns")
+    digest, uid_map, owner = message.splitlines()
+    assert (status, digest) == (0, model.digests["v1"])
+    assert uid_map.split()[0] == "0"
+    assert uid_map.split()[1] != "0", "uid 0 of the pod is another user of the node"
+    assert owner == "0", "the model's mount is mapped as the pod is"
 
 
 def test_ten_pods_share_one_mount(cluster: KubernetesApi, model: Model) -> None:
