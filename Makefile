@@ -12,7 +12,7 @@ E2E ?=
 SURVIVAL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help need-root setup demo test test-fuse test-model test-csi test-survival image e2e e2e-external manifests docs bench lint fmt type proto proto-check check clean
+.PHONY: help need-root setup demo test test-fuse test-model test-csi test-survival image e2e e2e-short e2e-figures e2e-external manifests docs bench lint fmt type proto proto-check check clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,8 +77,14 @@ else
 	@$(SUDO) unshare -m -n sh -c 'mount --make-rshared / && exec $(BIN)/python -m pytest tests/e2e $(E2E)'
 endif
 
+e2e-short: ## of it the chart, one inline volume, and node, keeper and worker killed under a reader (2 minutes)
+	@$(MAKE) -s e2e E2E='-k "test_chart or inline_volume or killed"'
+
+e2e-figures: ## seconds from pod to container, memory of each container, duration of an upgrade: printed, never judged
+	@MODELMOUNT_E2E_FIGURES=1 $(MAKE) -s e2e E2E='-s -k "figures or upgraded"'
+
 e2e-external: need-root setup ## the same suite as a KUBECONFIG user runs it, against a cluster of its own (root; after make e2e)
-	@$(SUDO) unshare -m -n sh -c 'mount --make-rshared / && cd tests && PYTHONPATH=.:../deploy/demo exec ../$(BIN)/python -m e2e.external $(or $(RUN),sh -c "cd .. && make e2e KUBECONFIG=\$$KUBECONFIG")'
+	@$(SUDO) unshare -m -n sh -c 'mount --make-rshared / && cd tests && PYTHONPATH=.:../deploy/demo exec ../$(BIN)/python -m e2e.external $(RUN)'
 
 manifests: ## render the plain manifests from the chart (needs helm)
 	@deploy/manifests/render $(HELM)

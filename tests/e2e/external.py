@@ -1,10 +1,10 @@
 """The suite against a cluster it did not start, with this machine's own as that cluster.
 
-    python -m e2e.external COMMAND...      (in name spaces as `make e2e-external` makes them)
+    python -m e2e.external [COMMAND...]      (in name spaces as `make e2e-external` makes them; default: make e2e KUBECONFIG=…)
 
 Starts a one-node cluster and a registry, says in the environment what a user of any cluster would say (KUBECONFIG,
-MODELMOUNT_E2E_REGISTRY, MODELMOUNT_E2E_VALUES), runs the command and takes the cluster away again. With the command
-`sleep infinity` it is a cluster to try things in; Ctrl-C ends it.
+MODELMOUNT_E2E_REGISTRY, MODELMOUNT_E2E_VALUES), runs the command and takes the cluster away again. `make e2e-external RUN="sleep infinity"` is a cluster to try things in; Ctrl-C
+ends it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def main(command: list[str]) -> int:
         for name, value in told.items():
             print(f"export {name}='{value}'", flush=True)
         print(f"nsenter --target {os.getpid()} --mount --net   # from another terminal", flush=True)
-        return subprocess.run(command, env=os.environ | told).returncode
+        default = ["make", "e2e", f"KUBECONFIG={cluster.kubeconfig}"]
+        return subprocess.run(command or default, env=os.environ | told, cwd=ROOT).returncode
     except KeyboardInterrupt:
         return 130
     finally:

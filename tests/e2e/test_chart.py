@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from e2e.api import KubernetesApi
 from e2e.helm import CHART, ROOT, Helm, flags_of
 
@@ -113,6 +114,73 @@ def test_every_container_has_a_read_only_root_and_limits(chart_helm: Helm) -> No
     assert containers == 9
     for what in ("readOnlyRootFilesystem: true", "limits:", "requests:"):
         assert rendered.count(what) == containers, what
+
+
+def objects(helm: Helm, values: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the chart renders, hooks included."""
+    return [found for found in yaml.safe_load_all(template(helm, values)) if found]
+
+
+def pod_specs(helm: Helm, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The pod templates by the name of their DaemonSet, Deployment or Job."""
+    return {
+        found["metadata"]["name"] + ("-await" if found["kind"] == "Job" else ""): found["spec"]["template"]["spec"]
+        for found in objects(helm, values)
+        if found["kind"] in ("DaemonSet", "Deployment", "Job")
+    }
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["defaults", "everything"])
+def test_what_is_not_privileged_has_no_more_than_it_needs(chart_helm: Helm, values: dict[str, Any]) -> None:
+    added: dict[str, list[str]] = {}
+    for name, pod in pod_specs(chart_helm, values).items():
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            security = container["securityContext"]
+            if security.get("privileged"):
+                continue
+            where = f"{name}/{container['name']}"
+            profile = {**pod.get("securityContext", {}), **security}["seccompProfile"]
+            assert profile == {"type": "RuntimeDefault"}, where
+            assert security["allowPrivilegeEscalation"] is False, where
+            assert security["capabilities"]["drop"] == ["ALL"], where
+            added[where] = security["capabilities"].get("add", [])
+        assert not pod.get("hostPID"), name
+        assert not pod.get("hostIPC"), name
+    assert {where: what for where, what in added.items() if what} == {
+        "modelmount-supervisor/supervisor": ["SETUID", "SETGID", "KILL", "CHOWN"]
+    }
+
+
+def test_pods_of_a_node_come_before_those_that_use_models(chart_helm: Helm) -> None:
+    classes = {name: pod.get("priorityClassName") for name, pod in pod_specs(chart_helm, {}).items()}
+    assert {classes[f"modelmount-{component}"] for component in ("keeper", "supervisor", "node")} == {
+        "system-node-critical"
+    }
+    assert classes["modelmount-controller"] == "system-cluster-critical"
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["defaults", "everything"])
+def test_no_account_may_do_what_the_documentation_does_not_name(chart_helm: Helm, values: dict[str, Any]) -> None:
+    """docs/install.md says of every rule why it is there; only the listed components have a token at all."""
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    for found in objects(chart_helm, values):
+        for rule in found.get("rules", []) if found["kind"] in ("Role", "ClusterRole") else []:
+            assert "*" not in [*rule["verbs"], *rule["resources"], *rule["apiGroups"]]
+            for resource in rule["resources"]:
+                assert resource.rstrip("s") in page, f"{found['metadata']['name']}: {resource}"
+    tokens = [name for name, pod in pod_specs(chart_helm, values).items() if pod["automountServiceAccountToken"]]
+    assert sorted(tokens) == ["modelmount-controller", "modelmount-node", "modelmount-uninstall-await"]
+
+
+def test_prometheus_finds_the_nodes_metrics(chart_helm: Helm) -> None:
+    rendered = objects(chart_helm, {"podMonitor.enabled": True, "podMonitor.labels": {"team": "a"}})
+    (monitor,) = (found for found in rendered if found["kind"] == "PodMonitor")
+    (node,) = (f for f in rendered if f["kind"] == "DaemonSet" and f["metadata"]["name"] == "modelmount-node")
+    labels = node["spec"]["template"]["metadata"]["labels"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    ports = [port["name"] for port in node["spec"]["template"]["spec"]["containers"][0]["ports"]]
+    assert [endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]] == ports
+    assert monitor["metadata"]["labels"]["team"] == "a"
 
 
 @pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["defaults", "everything"])
