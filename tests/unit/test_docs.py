@@ -32,6 +32,14 @@ def test_every_health_reason_has_advice() -> None:
     assert not [reason for reason in reasons if reason not in page]
 
 
+def test_every_event_says_what_to_do() -> None:
+    source = (ROOT / "csi" / "driver" / "announcer.py").read_text(encoding="utf-8")
+    reasons = set(re.findall(r'Announcement\((?:True|False), "(\w+)"', source))
+    page = (DOCS / "operate.md").read_text(encoding="utf-8")
+    assert reasons
+    assert not [reason for reason in reasons if f"| `{reason}` |" not in page]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
