@@ -74,6 +74,13 @@ class Keyring:
         fitting.sort(key=lambda entry: entry[0], reverse=True)
         return united([found for _, found in fitting], [found for key, found in self.entries if not key])
 
+    def named(self, registry: str) -> Keyring:
+        """The same, but what names no registry is for this one alone (for none, if it is empty)."""
+        return Keyring(tuple((key or registry, found) for key, found in self.entries if key or registry))
+
+
+NO_LOGINS = Keyring()
+
 
 def united(*several: Iterable[Credential]) -> Credentials:
     """All candidates in their order, each once."""
@@ -158,6 +165,20 @@ def from_wire(value: Any) -> Credentials:
     if not all(isinstance(text, str) for one in value for text in one.values()):
         raise InvalidVolumeError("credentials: a field is not a text", field="secrets")
     return found
+
+
+def keyring_to_wire(keyring: Keyring) -> list[tuple[str, dict[str, str]]]:
+    """For another process, in memory only: too large for a control message."""
+    return [(key, _texts(found)) for key, found in keyring.entries]
+
+
+def keyring_from_wire(value: Any) -> Keyring:
+    """Inverse of `keyring_to_wire`. Raises: InvalidVolumeError for anything else."""
+    try:
+        keys, found = [str(key) for key, _ in value], from_wire([one for _, one in value])
+    except (TypeError, ValueError):
+        raise InvalidVolumeError("credentials: malformed", field="secrets") from None
+    return Keyring(tuple(zip(keys, found, strict=True)))
 
 
 def registry_key(name: str) -> str:

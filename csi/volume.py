@@ -115,6 +115,8 @@ class MountKey:
     With `verify: whole` bytes are served before the blob's digest is known to be right, on the word of the registry
     they come from. So the origin is part of the key then: nobody reads what another tenant's registry made up. With
     `chunk` it is None, and the same model from two repositories is one mount.
+
+    `parents` are what `digest` leaves open: the models it builds on, `registry/repository@digest` each, the nearest first.
     """
 
     domain: str
@@ -122,6 +124,7 @@ class MountKey:
     verify: Verify
     origin: str | None
     view: View = WHOLE_MODEL
+    parents: tuple[str, ...] = ()
 
     @property
     def mount_id(self) -> str:
@@ -129,6 +132,8 @@ class MountKey:
         key: list[Any] = [1, self.domain, str(self.digest), self.verify, self.origin]
         if self.view:
             key.append(self.view.texts)
+        if self.parents:
+            key.append(self.parents)
         return hashlib.sha256(json.dumps(key, separators=(",", ":")).encode()).hexdigest()[:32]
 
 
@@ -156,6 +161,7 @@ def mount_key(
     verify: Verify,
     view: View = WHOLE_MODEL,
     domain: str = SHARED_DOMAIN,
+    parents: tuple[str, ...] = (),
 ) -> MountKey:
     """The key of the mount that serves that view of `digest` from there. A layout directory stays part of it: what lies there is for
     the volumes that may name it. So does the origin with `eager`, where nothing shows that a second registry has the
@@ -163,4 +169,4 @@ def mount_key(
     """
     shared = verify is Verify.CHUNK and not reference.is_layout
     origin = None if shared else reference.origin
-    return MountKey(domain=domain, digest=digest, verify=verify, origin=origin, view=view)
+    return MountKey(domain=domain, digest=digest, verify=verify, origin=origin, view=view, parents=parents)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from csi.credentials import Credentials
+from csi.cli import login
+from csi.credentials import Credentials, united
 from csi.errors import InvalidVolumeError
+from csi.keychain.own_logins import OwnLogins, own_logins
 from csi.observe import logs
+from csi.oci.reference import Reference
+from csi.registry_hosts import RegistryHost
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient
@@ -43,6 +47,21 @@ def add_parser(subparsers: Any) -> None:
         metavar="HOST[:PORT]",
         help="speak plain HTTP to this registry; may be repeated (loopback registries need no entry)",
     )
+    login.add_hosts_flag(parser)
+    parser.add_argument(
+        "--registry-config",
+        metavar="FILE",
+        help="docker's configuration file with the controller's own logins and credential helpers, for every volume (default "
+        "none)",
+    )
+    parser.add_argument(
+        "--credential-provider-config",
+        metavar="FILE",
+        help="kubelet's CredentialProviderConfig: ask these plugins too, for every volume",
+    )
+    parser.add_argument(
+        "--credential-provider-bin-dir", metavar="DIR", help="where the credential provider plugins lie"
+    )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.set_defaults(run=run)
 
@@ -62,26 +81,39 @@ def run(args: argparse.Namespace) -> int:
         from csi.kube.api import connect
 
         client = connect(args.kubeconfig)
-    provisioner = make_provisioner(args.volume_dir, client, args.plain_http_host)
+    if bool(args.credential_provider_config) != bool(args.credential_provider_bin_dir):
+        raise InvalidVolumeError("--credential-provider-config and --credential-provider-bin-dir go together")
+    own = own_logins(args.registry_config, args.credential_provider_config, args.credential_provider_bin_dir)
+    provisioner = make_provisioner(
+        args.volume_dir, client, args.plain_http_host, lambda reference: login.hosts_of(args, reference), own
+    )
     asyncio.run(serve_controller(args.endpoint, version("modelmount"), provisioner))
     return 0
 
 
-def make_provisioner(volume_dir: str | None, client: ApiClient | None, plain_http_hosts: Iterable[str]) -> Provisioner:
-    """Over files in `volume_dir`, or over the Kubernetes API of `client`; one of the two is given."""
+def make_provisioner(
+    volume_dir: str | None,
+    client: ApiClient | None,
+    plain_http_hosts: Iterable[str],
+    hosts: Callable[[Reference], tuple[RegistryHost, ...]],
+    own: OwnLogins,
+) -> Provisioner:
+    """Over files in `volume_dir`, or over the Kubernetes API of `client`; one of the two is given. `hosts` says who serves a
+    reference's registry, `own` has the logins that are tried after a volume's.
+    """
     from csi.driver.provisioner import Provisioner
     from csi.driver.volume_files import ProvisionedVolumeFiles
     from csi.oci.digest import Digest
-    from csi.oci.reference import Reference
     from csi.registry.address_rules import AddressRules
     from csi.registry.resolve import resolve_model
     from csi.registry.sources import SourceSettings
 
     rules = AddressRules(plain_http_hosts=frozenset(host.lower() for host in plain_http_hosts))
 
-    def resolve(reference: Reference, credentials: Credentials) -> tuple[Digest, int]:
-        settings = SourceSettings(rules=rules, credentials=credentials)
-        found = resolve_model(reference, settings, _RESOLVE_TIMEOUT_S)
+    def resolve(reference: Reference, variant: str, credentials: Credentials) -> tuple[Digest, int]:
+        theirs = own.candidates(reference.registry, reference.repository) if own else ()
+        settings = SourceSettings(rules=rules, credentials=united(credentials, theirs), hosts=hosts(reference))
+        found = resolve_model(reference, settings, _RESOLVE_TIMEOUT_S, variant)
         return found.digest, found.size_bytes
 
     if client is None:

@@ -57,6 +57,7 @@ def add_source_flags(parser: argparse.ArgumentParser, *, optional: bool = False)
     )
     parser.add_argument("--plain-http", action="store_true", help="speak plain HTTP (loopback registries need no flag)")
     login.add_flags(parser)
+    login.add_hosts_flag(parser)
 
 
 @dataclass(slots=True)
@@ -182,7 +183,10 @@ class ModelFinder:
             {reference.registry} if self._args.plain_http and reference.registry == self._reference.registry else set()
         )
         settings = SourceSettings(
-            rules=AddressRules(frozenset(plain)), credentials=self._credentials_for(reference), layout_fd=layout_fd
+            rules=AddressRules(frozenset(plain)),
+            credentials=self._credentials_for(reference),
+            hosts=login.hosts_of(self._args, reference),
+            layout_fd=layout_fd,
         )
         source = self._sources[reference.origin] = open_source(reference, settings)
         return source

@@ -12,6 +12,8 @@ from csi.credentials import Credential, Credentials
 from csi.errors import InvalidVolumeError
 from csi.keychain.docker_config import configured, default_config
 from csi.oci.reference import Reference
+from csi.registry_hosts import RegistryHost
+from csi.supervisor.hosts import read_hosts
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +25,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="docker's configuration file with logins (default $DOCKER_CONFIG/config.json or ~/.docker/config.json)",
     )
+
+
+def add_hosts_flag(parser: argparse.ArgumentParser) -> None:
+    """`--registry-config-dir`."""
+    parser.add_argument(
+        "--registry-config-dir",
+        metavar="DIR",
+        help="containerd's hosts.toml files: mirrors and certificates of registries, as a node uses them (default none)",
+    )
+
+
+def hosts_of(args: argparse.Namespace, reference: Reference) -> tuple[RegistryHost, ...]:
+    """Who serves the registry; empty for the registry itself. Raises: InvalidVolumeError naming the file."""
+    if args.registry_config_dir is None or reference.is_layout:
+        return ()
+    return read_hosts(args.registry_config_dir, reference.registry)
 
 
 def credentials_of(args: argparse.Namespace, reference: Reference) -> Credentials:

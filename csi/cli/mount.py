@@ -18,6 +18,7 @@ from typing import Any
 
 from csi.cli import login, supervisor
 from csi.cli.view_flags import add_view_flags, view_of
+from csi.credentials import Keyring
 from csi.errors import ControlError, InvalidVolumeError, MountError
 
 _STATE_DIR = "/run/modelmount-by-hand"
@@ -76,12 +77,14 @@ def run_mount(args: argparse.Namespace) -> int:
     args.layout_root = ["/"]  # references are typed by root here, not by a tenant
     _start_background(args)
     publisher = open_publisher(args.state_dir, args.data_dir)
+    credentials = login.credentials_of(args, reference)
     request = PublishRequest(
         volume_id=f"by-hand {target_path}"[:120],
         target_path=target_path,
         attributes=attributes,
         arguments=json.dumps([str(reference), args.verify, args.prefetch, attributes.view.texts]),
-        credentials=login.credentials_of(args, reference),
+        credentials=credentials,
+        keyring=Keyring(tuple(("", one) for one in credentials)).named(reference.registry),
     )
     try:
         published = asyncio.run(publisher.publish(request))

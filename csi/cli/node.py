@@ -125,8 +125,16 @@ def run(args: argparse.Namespace) -> int:
     provisioner = None
     if args.with_controller:
         from csi.cli.controller import make_provisioner
+        from csi.cli.login import hosts_of
+        from csi.keychain.own_logins import own_logins
 
-        provisioner = make_provisioner(os.path.join(args.data_dir, "volumes"), None, args.plain_http_host)
+        provisioner = make_provisioner(
+            os.path.join(args.data_dir, "volumes"),
+            None,
+            args.plain_http_host,
+            lambda reference: hosts_of(args, reference),
+            own_logins(args.node_registry_config, args.credential_provider_config, args.credential_provider_bin_dir),
+        )
     remove_startup_taint = None
     if args.remove_startup_taint:
         from csi.driver.sockets import DRIVER_NAME

@@ -48,6 +48,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--plain-http", action="store_true", help="speak plain HTTP (loopback registries need no flag)")
     login.add_flags(parser)
+    login.add_hosts_flag(parser)
     parser.add_argument("--name", help="the model's name, into its config")
     parser.add_argument("--model-version", metavar="VERSION", help="the model's version, into its config")
     parser.add_argument(
@@ -171,7 +172,8 @@ def _open_sink(args: argparse.Namespace, reference: Reference, credentials: Cred
         return LayoutWriter(reference)
     from csi.registry.upload import ModelUploader
 
-    return ModelUploader(reference, plain_http=args.plain_http, credentials=credentials)
+    hosts = login.hosts_of(args, reference)
+    return ModelUploader(reference, plain_http=args.plain_http, credentials=credentials, hosts=hosts)
 
 
 def _send(

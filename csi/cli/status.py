@@ -93,8 +93,10 @@ def _lines(mount: dict[str, Any], *, bar: bool = False) -> list[str]:
         f"  survives  {'a crash of the worker' if mount['can_resend'] else 'planned upgrades only (kernel < 6.9)'}",
     ]
     lines += [f"  layers    {text}" for text in _layer_modes(mount.get("layers", []))]
+    lines += [f"  warning   {warning}" for warning in mount.get("warnings", [])]
     if mount.get("preparing"):
         lines.append(f"  preparing {mount['preparing']}")
+    lines += [f"  parent    {parent}" for parent in mount.get("parents", [])]
     if mount.get("variant_digest"):
         lines.append(f"  variant   {mount['variant_digest']}")
     if bar:

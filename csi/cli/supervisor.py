@@ -53,6 +53,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="of the cache's file system stay free (default 16: kubelet evicts pods at 15)",
     )
     group.add_argument(
+        "--allow-registry",
+        action="append",
+        default=[],
+        type=str.lower,
+        metavar="HOST[:PORT]",
+        help="volumes may name this registry, or with *.example.com any below that domain, and no other; may be repeated "
+        "(default: any)",
+    )
+    group.add_argument(
         "--plain-http-host",
         action="append",
         default=[],
@@ -80,6 +89,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--credential-provider-bin-dir", metavar="DIR", help="where the credential provider plugins lie, as on kubelet"
     )
     group.add_argument(
+        "--logins-kept",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="look for the node's own logins again after so long, also while models are mounted (default 120 s); at less "
+        "than half their life they are renewed before they end",
+    )
+    group.add_argument(
         "--layout-root",
         action="append",
         default=[],
@@ -102,6 +119,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how long a publish waits for layers that must be read first, before it answers how far they are "
         "(default 10 s)",
+    )
+    group.add_argument(
+        "--abandon-after",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="end the preparation of a model that nobody has asked for again for so long (default 600 s)",
     )
     group.add_argument(
         "--read-deadline", type=float, default=120.0, metavar="S", help="how long a read waits (default 120 s)"
@@ -145,6 +169,8 @@ def flags_of(args: argparse.Namespace) -> list[str]:
         f"--data-dir={args.data_dir}",
         f"--fetch-threads={args.fetch_threads}",
         f"--patience={args.patience}",
+        f"--logins-kept={args.logins_kept}",
+        f"--abandon-after={args.abandon_after}",
         f"--read-deadline={args.read_deadline}",
         f"--access-life={args.access_life}",
         f"--read-ahead-kb={args.read_ahead_kb}",
@@ -156,6 +182,7 @@ def flags_of(args: argparse.Namespace) -> list[str]:
         f"--cache-min-free={args.cache_min_free}",
     ]
     flags += [f"--plain-http-host={host}" for host in args.plain_http_host]
+    flags += [f"--allow-registry={host}" for host in args.allow_registry]
     for name in _NODE_FILES:
         value = getattr(args, name)
         flags += [f"--{name.replace('_', '-')}={value}"] if value else []
@@ -186,16 +213,19 @@ def run(args: argparse.Namespace) -> int:
         state_dir=args.state_dir,
         data_dir=args.data_dir,
         plain_http_hosts=tuple(args.plain_http_host),
+        allowed_registries=tuple(args.allow_registry),
         registry_config_dir=args.registry_config_dir,
         node_registry_config=args.node_registry_config,
         index_keys=tuple(args.index_key),
         credential_provider_config=args.credential_provider_config,
         credential_provider_bin_dir=args.credential_provider_bin_dir,
+        logins_kept_s=args.logins_kept,
         layout_roots=tuple(args.layout_root),
         read_ahead_kb=args.read_ahead_kb,
         fuse_backend=BackendName.RAW if args.fuse_backend == "auto" else BackendName(args.fuse_backend),
         fetch_threads=args.fetch_threads,
         patience_s=args.patience,
+        unwanted_s=args.abandon_after,
         read_deadline_s=args.read_deadline,
         access_life_s=args.access_life * 3600,
         spares=args.spares,

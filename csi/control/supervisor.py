@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from csi.control import endpoint, wire
-from csi.credentials import Credentials, to_wire
+from csi.credentials import NO_LOGINS, Credentials, Keyring, keyring_to_wire, to_wire
 from csi.errors import ControlError
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
@@ -34,6 +34,8 @@ class LeasedMount:
     can_resend: bool
     files: int
     total_bytes: int
+    parents: tuple[str, ...] = ()
+    """What the model builds on: references with digests."""
 
 
 class SupervisorClient:
@@ -59,13 +61,16 @@ class SupervisorClient:
         credentials: Credentials,
         domain: str = SHARED_DOMAIN,
         service_account: str = "",
+        keyring: Keyring = NO_LOGINS,
+        pinned_parents: Sequence[str] = (),
     ) -> LeasedMount:
         """The mount of that model, made or joined, with a lease for `target_path`. `verify` None: the best the model
-        allows.
+        allows. `keyring` and `pinned_parents` are for what the model builds on.
         """
         fields = self._call(
             "ensure",
             _ENSURE_TIMEOUT_S,
+            keyring,
             target_path=target_path,
             volume_id=volume_id,
             reference=str(reference),
@@ -76,12 +81,14 @@ class SupervisorClient:
             credentials=to_wire(credentials),
             domain=domain,
             service_account=service_account,
+            pinned_parents=list(pinned_parents),
         )
         return _leased(fields)
 
-    def renew(self, target_path: str, credentials: Credentials) -> LeasedMount | None:
+    def renew(self, target_path: str, credentials: Credentials, keyring: Keyring = NO_LOGINS) -> LeasedMount | None:
         """Hand over newer credentials. None: no such lease, or its mount is dead."""
-        found = self._call("renew", target_path=target_path, credentials=to_wire(credentials))["mount"]
+        fields = {"target_path": target_path, "credentials": to_wire(credentials)}
+        found = self._call("renew", _QUICK_TIMEOUT_S, keyring, **fields)["mount"]
         return None if found is None else _leased(found)
 
     def release(self, target_path: str) -> None:
@@ -113,8 +120,15 @@ class SupervisorClient:
             os.close(fds[0])
         return mounts
 
-    def _call(self, op: str, timeout_s: float = _QUICK_TIMEOUT_S, **fields: Any) -> dict[str, Any]:
-        reply, fds = endpoint.call(self._path, op, timeout_s, (), **fields)
+    def _call(
+        self, op: str, timeout_s: float = _QUICK_TIMEOUT_S, keyring: Keyring = NO_LOGINS, **fields: Any
+    ) -> dict[str, Any]:
+        logins = json.dumps(keyring_to_wire(keyring)).encode()
+        sent = [wire.memfd("keyring", logins)] if keyring.entries else []
+        try:
+            reply, fds = endpoint.call(self._path, op, timeout_s, sent, **fields)
+        finally:
+            wire.close_all(sent)
         wire.close_all(fds)
         return reply
 
@@ -146,4 +160,5 @@ def _leased(fields: dict[str, Any]) -> LeasedMount:
         can_resend=wire.field(fields, "can_resend", bool),
         files=wire.field(fields, "files", int),
         total_bytes=wire.field(fields, "total_bytes", int),
+        parents=tuple(str(parent) for parent in fields.get("parents", ())),
     )

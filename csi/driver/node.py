@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from csi.credentials import united
+from csi.credentials import Keyring, united
 from csi.driver.announcer import Announcer
 from csi.driver.capabilities import check_capability, described
 from csi.driver.credentials import candidates, keyring_of
@@ -164,7 +164,8 @@ def parse_publish(request: csi_pb2.NodePublishVolumeRequest, policy: NodePolicy)
         raise InvalidVolumeError("volume_capability is missing", field="volume_capability")
     check_capability(request.volume_capability)
     attributes = parse_attributes(request.volume_context)
-    by_secret = candidates(keyring_of(request.secrets), attributes.reference)
+    keyring, registry = keyring_of(request.secrets), attributes.reference.registry
+    by_secret = candidates(keyring, attributes.reference)
     by_token = token_credentials(request.secrets, request.volume_context, attributes.reference, policy.token_logins)
     return PublishRequest(
         volume_id=volume_id,
@@ -172,6 +173,7 @@ def parse_publish(request: csi_pb2.NodePublishVolumeRequest, policy: NodePolicy)
         attributes=attributes,
         arguments=_fingerprint(request),
         credentials=united(by_secret, by_token),
+        keyring=Keyring((*keyring.entries, *(("", token) for token in by_token))).named(registry),
         domain=_domain(request, policy.sharing),
         # Vouched for by kubelet only when nothing but its token opened the door.
         service_account=service_account_of(request.volume_context) if by_token and not by_secret else "",

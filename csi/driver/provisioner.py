@@ -47,8 +47,8 @@ _PROVISIONED_NAME = re.compile(r"pvc-([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-
 _PATTERN = re.compile(r"[a-z0-9.:\[\]-]+(?:/[a-z0-9._-]+)*(?:/\*)?")
 _MAX_CONTEXT_BYTES = 4096  # CSI spec, "Size Limits"
 
-Resolve = Callable[[Reference, Credentials], tuple[Digest, int]]
-"""Digest and bytes of a reference, asked of its registry; blocking."""
+Resolve = Callable[[Reference, str, Credentials], tuple[Digest, int]]
+"""Digest and bytes of a reference, of that variant if it is an index, asked of its registry; blocking."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +127,8 @@ class Provisioner:
                 )
             parameters["reference"] = reference_of(claim)
             source = f"PersistentVolumeClaim {claim.namespace}/{claim.name}"
-        reference = parse_attributes(parameters).reference
+        attributes = parse_attributes(parameters)
+        reference = attributes.reference
         if reference.is_layout:
             raise InvalidVolumeError(
                 f"reference {str(reference)!r}: a directory of one node cannot be provisioned; name a registry",
@@ -140,7 +141,9 @@ class Provisioner:
                 rule=ALLOWED_REPOSITORIES,
                 reason="repository is not listed",
             )
-        digest, size_bytes = await asyncio.to_thread(self._resolve, reference, candidates(request.keyring, reference))
+        digest, size_bytes = await asyncio.to_thread(
+            self._resolve, reference, attributes.view.variant, candidates(request.keyring, reference)
+        )
         if request.limit_bytes and size_bytes > request.limit_bytes:
             raise VolumeTooSmallError(
                 f"reference {str(reference)!r}: the model has {size_bytes} bytes, the volume's limit is "

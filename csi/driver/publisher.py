@@ -20,10 +20,10 @@ from typing import Any
 from csi import mountinfo
 from csi.control.keeper import KeeperClient
 from csi.control.supervisor import LeasedMount, SupervisorClient
-from csi.credentials import Credentials
+from csi.credentials import Credentials, Keyring
 from csi.driver.health import Trouble, node_troubles, supervisor_unreachable, troubles_of
 from csi.driver.locks import NamedLocks
-from csi.driver.records import Pins, Publication, Publications
+from csi.driver.records import Pin, Pins, Publication, Publications
 from csi.errors import ControlError, ModelMountError, VolumeConflictError
 from csi.pods import Pod
 from csi.volume import SHARED_DOMAIN, VolumeAttributes
@@ -37,6 +37,7 @@ _UNPUBLISH_PATIENCE_S = 10.0
 class PublishRequest:
     """One volume to show at one path. `arguments`: see `Publication.arguments`; secrets are not part of it.
 
+    `credentials` are for the model's repository; `keyring` has the same and more, by registry, for what the model builds on.
     `service_account` is `namespace/name` when a token of it is among the credentials, else empty.
     """
 
@@ -45,6 +46,7 @@ class PublishRequest:
     attributes: VolumeAttributes
     arguments: str
     credentials: Credentials = field(default=(), repr=False)
+    keyring: Keyring = field(default=Keyring(), repr=False)
     domain: str = SHARED_DOMAIN
     service_account: str = ""
     pod: Pod | None = None
@@ -159,7 +161,9 @@ class Publisher:
         return publication
 
     async def _publish_again(self, request: PublishRequest, before: Publication) -> Publication:
-        mount = await asyncio.to_thread(self._supervisor.renew, request.target_path, request.credentials)
+        mount = await asyncio.to_thread(
+            self._supervisor.renew, request.target_path, request.credentials, request.keyring
+        )
         if mount is not None and _shows(request.target_path, mount.device):
             return before
         log.warning("volume %s at %s: its mount is gone; it is made anew", request.volume_id, request.target_path)
@@ -169,17 +173,19 @@ class Publisher:
         return publication
 
     async def _lease(self, request: PublishRequest) -> LeasedMount:
-        reference = request.attributes.reference
+        reference, pin = request.attributes.reference, self._pins.get(request.volume_id)
         return await asyncio.to_thread(
             self._supervisor.ensure,
             target_path=request.target_path,
             volume_id=request.volume_id,
             reference=reference,
-            pinned=None if reference.digest else self._pins.get(request.volume_id),
+            pinned=pin.digest if pin is not None and reference.digest is None else None,
+            pinned_parents=pin.parents if pin is not None else (),
             verify=request.attributes.verify,
             prefetch=request.attributes.prefetch,
             view=request.attributes.view,
             credentials=request.credentials,
+            keyring=request.keyring,
             domain=request.domain,
             service_account=request.service_account,
         )
@@ -197,8 +203,8 @@ class Publisher:
             boot_id=self._boot_id,
             pod=request.pod,
         )
-        if request.attributes.reference.digest is None:  # a digest pins itself
-            await asyncio.to_thread(self._pins.put, request.volume_id, mount.digest)
+        if request.attributes.reference.digest is None or mount.parents:  # a digest pins itself
+            await asyncio.to_thread(self._pins.put, request.volume_id, Pin(mount.digest, mount.parents))
         await asyncio.to_thread(self._publications.write, publication)
         self._publications.put(publication)
         return publication

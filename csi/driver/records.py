@@ -5,7 +5,7 @@ a conflict after a restart. Written before the bind and removed after the unbind
 mountinfo's business, and wins.
 
 A pin says which digest a volume got at its first publish on this node. It lives until the volume's last unpublish
-here, beyond reboots: a restarted pod never gets another model because a tag moved.
+here, beyond reboots: a restarted pod never gets another model because a tag moved, nor one that builds on another.
 """
 
 from __future__ import annotations
@@ -86,6 +86,14 @@ class Publications:
         remove_record(self._directory, target_path)
 
 
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """The digest a volume got, and references with digests of what that model builds on."""
+
+    digest: Digest
+    parents: tuple[str, ...] = ()
+
+
 class Pins:
     """Files below `directory`, one per volume id."""
 
@@ -93,14 +101,17 @@ class Pins:
         self._directory = directory
         os.makedirs(directory, mode=0o700, exist_ok=True)
 
-    def get(self, volume_id: str) -> Digest | None:
-        """The digest this volume is pinned to."""
+    def get(self, volume_id: str) -> Pin | None:
+        """What this volume is pinned to."""
         record = load_record(self._directory, volume_id)
-        return Digest.parse(str(record["digest"])) if record else None
+        if not record:
+            return None
+        return Pin(Digest.parse(str(record["digest"])), tuple(map(str, record.get("parents", ()))))
 
-    def put(self, volume_id: str, digest: Digest) -> None:
+    def put(self, volume_id: str, pin: Pin) -> None:
         """Durable when it returns."""
-        store_record(self._directory, volume_id, {"volume_id": volume_id, "digest": str(digest)})
+        record = {"volume_id": volume_id, "digest": str(pin.digest), "parents": pin.parents}
+        store_record(self._directory, volume_id, record)
 
     def remove(self, volume_id: str) -> None:
         """No such pin: nothing to do."""

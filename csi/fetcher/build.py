@@ -8,6 +8,7 @@ The worker has a channel of its own for this; each message there has an id, and 
     block     answered when the block is in the cache, where the worker reads it; it asks again after a while
     verified  answered when the blob is known to be right
     spool     an empty file for the decoded form of a blob, to be written by the worker
+    room      before so many bytes of it are written: refused when the cache has no room
     keep      the layer index of a blob, stored beside it as it is; with `spooled`, the spool stays too
 
 What is stored here nobody but a worker of the same mount reads, and it checks it.
@@ -27,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from csi.boot import this_boot
 from csi.cache import format as fmt
+from csi.cache.allowance import Allowance
 from csi.cache.blob import BlobWriter, make_directory
 from csi.cache.format import BlobState
 from csi.control import wire
@@ -39,9 +41,9 @@ from csi.errors import (
     SizeMismatchError,
 )
 from csi.fetcher.engine import EngineSettings, FetchEngine
+from csi.fetcher.origins import Origins
 from csi.integrity.index import BlobHashes, BlockIndex
 from csi.oci.digest import Digest
-from csi.stream.ports import ModelSource
 from csi.stream.scheduler import Priority
 from csi.tree.model import BlobSpec
 
@@ -53,24 +55,27 @@ _MAX_SPECS_BYTES = 16 * 1024 * 1024
 _PARALLEL_RANGES = 8
 _PATIENCE_S = 30.0  # with a registry that answers badly; then the worker gives up, and the publish is tried again
 _FIRST_DELAY_S = 0.2
+_TRIES_OF_WRONG_BLOBS = 3
 
 
 class BuildService:
-    """Serves one channel until it ends. `sources` are asked in turn; `index` are the block hashes, where bytes must be
-    verified before they are used.
+    """Serves one channel until it ends. Where a blob has several sources they are asked in turn; `index` are the block
+    hashes, where bytes must be verified before they are used.
     """
 
     def __init__(
         self,
         channel: socket.socket,
-        sources: Callable[[], Sequence[ModelSource]],
+        origins: Callable[[], Origins],
         area_fd: int,
         settings: EngineSettings,
         index: BlockIndex | None,
         on_wrong: Callable[[ModelMountError], None],
+        allowance: Allowance,
     ) -> None:
-        self._channel, self._sources, self._area_fd = channel, sources, area_fd
+        self._channel, self._origins, self._area_fd = channel, origins, area_fd
         self._settings, self._index, self._on_wrong = settings, index, on_wrong
+        self._allowance = allowance
         self._send_lock = threading.Lock()
         self._pool = ThreadPoolExecutor(_PARALLEL_RANGES, thread_name_prefix="range")
         self._specs: list[BlobSpec] = []
@@ -84,10 +89,10 @@ class BuildService:
         """Serve in a thread."""
         threading.Thread(target=self._run, daemon=True, name="build").start()
 
-    def use_sources(self, sources: Sequence[ModelSource]) -> None:
+    def use_origins(self, origins: Origins) -> None:
         """Other sources, or the same with other credentials."""
         if self._engine is not None:
-            self._engine.use_sources(sources)
+            self._engine.use_sources(origins.for_blobs(self._specs))
 
     def stop(self) -> None:
         """End the channel; the thread ends with it."""
@@ -125,6 +130,9 @@ class BuildService:
                     self._block(request)
                 case "spool":
                     self._spool(request)
+                case "room":
+                    self._allowance.take(wire.field(request, "size_bytes", int))
+                    self._reply(wire.ok(request))
                 case "keep":
                     self._keep(request, wire.exactly(fds, 1)[0])
                 case other:
@@ -147,12 +155,12 @@ class BuildService:
 
     def _start_engine(self, specs_fd: int) -> None:
         try:
-            listed = json.loads(wire.read_all(specs_fd, _MAX_SPECS_BYTES, "blob list"))
+            listed = blob_specs(wire.read_all(specs_fd, _MAX_SPECS_BYTES, "blob list"))
         finally:
             os.close(specs_fd)
         if self._engine is not None:
             raise ControlError("fetcher: the build's blobs are being fetched already")
-        self._specs = [BlobSpec(Digest.parse(digest), int(size)) for digest, size in listed]
+        self._specs = listed
         hashes: list[BlobHashes | None] = [None] * len(self._specs)
         if self._index is not None:
             if missing := [spec.digest.short() for spec in self._specs if spec.digest not in self._index]:
@@ -160,14 +168,21 @@ class BuildService:
             hashes = [self._index[spec.digest] for spec in self._specs]
         boot_id = this_boot()
         self._writers = [
-            BlobWriter.open(self._area_fd, spec.digest, spec.size_bytes, boot_id, recheck=self._index is not None)
+            BlobWriter.open(
+                self._area_fd,
+                spec.digest,
+                spec.size_bytes,
+                boot_id,
+                recheck=self._index is not None,
+                allowance=self._allowance,
+            )
             for spec in self._specs
         ]
         for position, (spec, writer) in enumerate(zip(self._specs, self._writers, strict=True)):
             if hashes[position] is None and writer.hashes is not None:
                 hashes[position] = BlobHashes(spec.digest, spec.size_bytes, writer.hashes)
         self._engine = FetchEngine(
-            self._sources(),
+            self._origins().for_blobs(self._specs),
             self._specs,
             self._writers,
             self._settings,
@@ -200,29 +215,32 @@ class BuildService:
                 f"blob {spec.digest.short()}: {spec.size_bytes} bytes are too many to be read whole"
             )
         data = self._fetch(spec, 0, spec.size_bytes) if spec.size_bytes else bytearray()
-        found = Digest.of(memoryview(data), spec.digest.algorithm)
-        if found != spec.digest:
-            raise DigestMismatchError(
-                f"blob {spec.digest.short()}: the {spec.size_bytes} bytes received hash to {found.short()}; nothing of "
-                "them was used; check the registry's storage, or push the model again",
-                expected=str(spec.digest),
-                actual=str(found),
-                subject=str(spec.digest),
-            )
+        _check_whole(spec, data)
         self._reply_bytes(request, data)
 
     def _fetch(self, spec: BlobSpec, offset: int, length: int) -> bytearray:
-        """Raises: the last error, when it is final or none of the sources has delivered for `_PATIENCE_S`."""
+        """Raises: the last error, when it is final or none of the sources has delivered for `_PATIENCE_S`; for a whole blob
+        also DigestMismatchError, when nobody who was asked has the right one.
+        """
         data = bytearray(length)
-        deadline, tries = time.monotonic() + _PATIENCE_S, 0
+        deadline, tries, wrong = time.monotonic() + _PATIENCE_S, 0, 0
         while True:
-            sources = self._sources()
+            sources = self._origins().of(spec.origin)
             source = sources[tries % len(sources)]
             tries += 1
             try:
                 reader = source.open_range(spec.digest, spec.size_bytes, offset, length)
                 try:
                     reader.readinto(memoryview(data))
+                    if length == spec.size_bytes:
+                        try:
+                            _check_whole(spec, data)
+                        except DigestMismatchError:
+                            reader.reject()
+                            wrong += 1
+                            if wrong < _TRIES_OF_WRONG_BLOBS:
+                                continue
+                            raise
                 finally:
                     reader.close()
                 return data
@@ -331,8 +349,30 @@ class BuildService:
                 log.debug("the build's worker is gone: %s", exc)
 
 
+def blob_specs(data: bytes) -> list[BlobSpec]:
+    """From a worker's JSON [[digest, size, origin], …]. Raises: InvalidVolumeError, ValueError."""
+    return [BlobSpec(Digest.parse(digest), int(size), origin=str(origin)) for digest, size, origin in json.loads(data)]
+
+
+def _check_whole(spec: BlobSpec, data: bytearray) -> None:
+    """Raises: DigestMismatchError."""
+    found = Digest.of(memoryview(data), spec.digest.algorithm)
+    if found != spec.digest:
+        raise DigestMismatchError(
+            f"blob {spec.digest.short()}: the {spec.size_bytes} bytes received hash to {found.short()}; nothing of "
+            "them was used; check the registry's storage, or push the model again",
+            expected=str(spec.digest),
+            actual=str(found),
+            subject=str(spec.digest),
+        )
+
+
 def _spec(request: wire.Message) -> BlobSpec:
-    return BlobSpec(Digest.parse(wire.field(request, "digest", str)), wire.field(request, "size", int))
+    return BlobSpec(
+        Digest.parse(wire.field(request, "digest", str)),
+        wire.field(request, "size", int),
+        origin=wire.field(request, "origin", str),
+    )
 
 
 def _sync(path: str, area_fd: int) -> None:

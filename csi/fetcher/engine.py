@@ -385,7 +385,8 @@ class FetchEngine:
             try:
                 for block in range(first, first + count):
                     content = buffer[: blocks.block_length(spec.size_bytes, block)]
-                    if self._receive(source, reader, job.blob, block, content):
+                    wanted = job.priority is not Priority.BACKGROUND or self._readers_wait()
+                    if self._receive(source, reader, job.blob, block, content, wanted=wanted):
                         self._arrived(job.blob, block, fetched_bytes=len(content))
                     else:
                         self._displaced(job, block, len(content))
@@ -397,7 +398,16 @@ class FetchEngine:
             self._turn = turn + 1
             raise
 
-    def _receive(self, source: ModelSource, reader: RangeReader, blob: int, block: int, content: memoryview) -> bool:
+    def _receive(
+        self,
+        source: ModelSource,
+        reader: RangeReader,
+        blob: int,
+        block: int,
+        content: memoryview,
+        *,
+        wanted: bool,
+    ) -> bool:
         """One block from the network to its mark, or to the worker. False when something else took its place meanwhile.
 
         Raises: DigestMismatchError, and then nothing of it is stored or read.
@@ -407,8 +417,9 @@ class FetchEngine:
             return self._receive_and_write(reader, blob, block, content)
         reader.readinto(content)
         if hashes is not None and not hashes.is_right(block, content):
+            reader.reject()
             raise self._wrong_block(source, blob, block)
-        if self._disk_is_slow and self._readers_wait() and self._lend(blob, block, content, write=True):
+        if self._disk_is_slow and wanted and self._lend(blob, block, content, write=True):
             return True
         return self._write_whole(blob, block, content)
 

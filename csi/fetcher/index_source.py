@@ -11,26 +11,27 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from csi.errors import DigestMismatchError, SizeMismatchError, UnsupportedModelError
+from csi.errors import SizeMismatchError, UnsupportedModelError
+from csi.fetcher.blobs import read_whole
 from csi.integrity import index
 from csi.integrity.index import MAX_INDEX_BYTES, BlockIndex
 from csi.oci.digest import Digest
-from csi.oci.manifest import MAX_MANIFEST_BYTES, parse_manifest
+from csi.oci.formats import index as variants
+from csi.oci.manifest import MAX_MANIFEST_BYTES, Manifest
 from csi.oci.modelpack import INDEX_PATH, index_layer_of
-from csi.stream.ports import ModelSource
+from csi.stream.ports import ManifestBytes, ModelSource
 
 if TYPE_CHECKING:
     from csi.fetcher.signed_indexes import SignedIndexes
 
-_MANIFEST_FILE, _INDEX_FILE = "manifest", "index"
+_INDEX_FILE = "index"
 _TIMEOUT_S = 20.0
-_TRIES = 2  # what was damaged on the way is right the next time
 
 
-def has_index(manifest: bytes) -> bool:
-    """Whether the model has a block index as a layer. False for what is no manifest: others say why."""
+def has_index(manifest: Manifest) -> bool:
+    """Whether the model has a block index as a layer. False for one that cannot be used: others say why."""
     try:
-        return index_layer_of(parse_manifest(manifest)) is not None
+        return index_layer_of(manifest) is not None
     except (UnsupportedModelError, SizeMismatchError):
         return False
 
@@ -39,23 +40,25 @@ def load_index(
     area_fd: int,
     source: ModelSource,
     digest: Digest,
-    manifest: bytes | None,
+    root: ManifestBytes | None,
     signed: SignedIndexes | None = None,
+    variant: str = "",
 ) -> tuple[BlockIndex, str]:
-    """The index of the model `digest`, and where it is from: `layer`, or `signed by` a key. `manifest` are its bytes where
-    the caller has them, already hashed.
+    """The index of the model `digest`, of that variant if it is an image index, and where it is from: `layer`, or `signed by` a
+    key. `root` are the manifest's bytes where the caller has them, already hashed.
 
     Raises: UnsupportedModelError when it has no index or one that does not fit it, DigestMismatchError when the source
     sends another one, and what the source raises.
     """
-    if manifest is None:
-        manifest = _stored(area_fd, _MANIFEST_FILE, digest, MAX_MANIFEST_BYTES)
-    if manifest is None:
-        manifest = source.fetch_manifest(None, digest, _TIMEOUT_S).data
-    parsed = parse_manifest(manifest)
+
+    def fetch(wanted: Digest) -> ManifestBytes:
+        return _kept_manifest(area_fd, wanted) or source.fetch_manifest(None, wanted, _TIMEOUT_S)
+
+    root = root or fetch(digest)
+    chosen, parsed = variants.chosen(root, variant, fetch)
     layer, endorsed = index_layer_of(parsed), None
     if layer is None and signed is not None:
-        endorsed = signed.kept(area_fd, digest) or signed.find(source, digest).endorsed
+        endorsed = signed.kept(area_fd, chosen.digest) or signed.find(source, chosen.digest).endorsed
         layer = endorsed.index if endorsed is not None else None
     if layer is None:
         raise UnsupportedModelError(
@@ -68,10 +71,11 @@ def load_index(
         )
     data = _stored(area_fd, _INDEX_FILE, layer.digest, layer.size_bytes)
     if data is None:
-        data = _fetched(source, layer.digest, layer.size_bytes)
+        data = read_whole(source, layer.digest, layer.size_bytes, "block index")
     name = f"layer {INDEX_PATH}" if endorsed is None else f"signed block index {layer.digest.short()}"
     found = index.load(data, index.file_layers(parsed.layers, layer), f"{name} of model {digest.short()}")
-    _store(area_fd, _MANIFEST_FILE, manifest)
+    for manifest in {root.digest: root, chosen.digest: chosen}.values():
+        _store(area_fd, _manifest_file(manifest.digest), manifest.data)
     _store(area_fd, _INDEX_FILE, data)
     if endorsed is None or signed is None:
         return found, "layer"
@@ -79,25 +83,13 @@ def load_index(
     return found, f"signed by {endorsed.key_id}"
 
 
-def _fetched(source: ModelSource, digest: Digest, size_bytes: int) -> bytes:
-    data = bytearray(size_bytes)
-    for _ in range(_TRIES):
-        if size_bytes:
-            reader = source.open_range(digest, size_bytes, 0, size_bytes)
-            try:
-                reader.readinto(memoryview(data))
-            finally:
-                reader.close()
-        actual = Digest.of(memoryview(data), digest.algorithm)
-        if actual == digest:
-            return bytes(data)
-    raise DigestMismatchError(
-        f"block index {digest.short()} from {source.origin}: the {size_bytes} bytes received hash to {actual.short()}; "
-        "check the registry's storage, or push the model again",
-        expected=str(digest),
-        actual=str(actual),
-        subject=str(digest),
-    )
+def _manifest_file(digest: Digest) -> str:
+    return f"manifest-{digest.hex[:16]}"
+
+
+def _kept_manifest(area_fd: int, digest: Digest) -> ManifestBytes | None:
+    data = _stored(area_fd, _manifest_file(digest), digest, MAX_MANIFEST_BYTES)
+    return None if data is None else ManifestBytes(data, "", digest)
 
 
 def _stored(area_fd: int, name: str, digest: Digest, limit_bytes: int) -> bytes | None:

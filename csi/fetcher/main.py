@@ -1,7 +1,7 @@
 """`modelmount fetcher`: started by the supervisor with one socket; everything else arrives over that socket.
 
-    resolve      a reference in, the manifest's bytes and digest out, and whether the model has a block index (also the
-                 access check of a later volume)
+    resolve      a reference in, the manifest's bytes and digest out, whether the model has a block index, and the
+                 reference of the model it builds on (also the access check of a later volume)
     known        the same for a manifest that is on this node already: nobody is asked
     start        where the blobs come from, the mount's cache area, how to verify; from here on the process serves one
                  mount
@@ -31,7 +31,7 @@ import selectors
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +42,26 @@ from csi.cache.allowance import Allowance
 from csi.cache.blob import BlobWriter, make_directory
 from csi.cache.ring import LendingRing
 from csi.control import wire
-from csi.errors import CacheError, ControlError, DigestMismatchError, ModelMountError, to_wire
-from csi.fetcher.build import BuildService
+from csi.errors import (
+    CacheError,
+    ControlError,
+    DigestMismatchError,
+    ModelMountError,
+    SizeMismatchError,
+    UnsupportedModelError,
+    to_wire,
+)
+from csi.fetcher.build import BuildService, blob_specs
 from csi.fetcher.engine import EngineSettings, FetchEngine
 from csi.fetcher.index_source import has_index, load_index
+from csi.fetcher.origins import Origins
+from csi.fetcher.parents import parent_of
 from csi.fetcher.possession import known_origins, prove_possession, remember_origins
 from csi.integrity.index import BlobHashes, BlockIndex
 from csi.jail.confinement import Level, Role, narrow_to
 from csi.oci.digest import Digest
-from csi.oci.manifest import MAX_MANIFEST_BYTES, parse_manifest
+from csi.oci.formats import index as variants
+from csi.oci.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from csi.oci.reference import Reference
 from csi.registry.address_rules import AddressRules
 from csi.registry.client import RegistrySource
@@ -68,9 +79,11 @@ log = logging.getLogger(__name__)
 
 _MAX_HOSTS_BYTES = 64 * 1024 * 1024
 _MAX_SPECS_BYTES = 16 * 1024 * 1024
+_MAX_SOURCES_BYTES = 16 * 1024 * 1024
 _SHARED_FROM_BYTES = 8 * 1024 * 1024  # below it, fetching costs no more than sharing
 _PROOF_PATIENCE_S = 10.0
 _MAX_REASON = 1000
+_VARIANT_TIMEOUT_S = 20.0
 _RING_SLOTS = 16
 """64 MiB, and nothing of it is used while the cache takes what comes."""
 
@@ -85,9 +98,11 @@ class Fetcher:
         self._send_lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
-        self._sources: list[ModelSource] = []
+        self._origins = Origins()
         self._area_fd: int | None = None
         self._resolved: ManifestBytes | None = None
+        self._manifests: dict[str, list[Manifest]] = {}
+        """By origin, until `start`: the model's manifest, also if that took an index, and those of its parents."""
         self._index: BlockIndex | None = None
         self._index_word = "none"
         self._worker: socket.socket | None = None
@@ -131,16 +146,16 @@ class Fetcher:
                 case "known":
                     self._use_known(request, wire.exactly(fds, 1)[0])
                 case "start":
-                    layers_fd = self._start(request, fds)
+                    layers_fds = self._start(request, fds)
                     assert self._area_fd is not None
                     origins = known_origins(self._area_fd)
                     try:
                         self._reply(
                             wire.ok(request, origins=origins, index=self._index_word, **self._jail.as_fields()),
-                            [layers_fd],
+                            layers_fds,
                         )
                     finally:
-                        os.close(layers_fd)
+                        wire.close_all(layers_fds)
                 case "prove":
                     threading.Thread(target=self._prove, args=(request,), daemon=True, name="prove").start()
                 case "build":
@@ -167,6 +182,8 @@ class Fetcher:
                     self._attach_worker(wire.exactly(fds, 1)[0])
                     self._reply(wire.ok(request))
                 case "credentials":
+                    if not fds:
+                        raise ControlError("fetcher: credentials without the sources they are for")
                     self._use_sources(request, fds)
                     if self._area_fd is not None:
                         remember_origins(self._area_fd, request.get("proven", ()))
@@ -188,7 +205,7 @@ class Fetcher:
         """
         try:
             reference = Reference.parse(wire.field(request, "reference", str))
-            source = open_source(reference, self._settings_for(reference, request, fds))
+            source = open_source(reference, self._settings_for(reference, request, request.get("credentials"), fds))
             try:
                 manifest = source.fetch_manifest(
                     reference.tag, reference.digest, timeout_s=float(request.get("registry_timeout_s", 20.0))
@@ -197,13 +214,18 @@ class Fetcher:
                     if self._index is None:
                         raise ControlError("fetcher: nothing to prove without a block index; try again")
                     prove_possession(source, self._index)
-                indexed, ignored = has_index(manifest.data), ""
-                if not indexed and self._signed_indexes is not None and not self._sources:
-                    search = self._signed_indexes.find(source, manifest.digest)
-                    indexed, ignored = search.endorsed is not None, search.ignored
+                first = not self._origins.own  # later ones are access checks, or the manifest that an index led to
+                chosen = _chosen(source, manifest, str(request.get("variant", ""))) if first else None
+                parent, indexed, ignored = None, False, ""
+                if chosen is not None:
+                    parent, indexed = parent_of(chosen[1], source), has_index(chosen[1])
+                    if not indexed and self._signed_indexes is not None:
+                        search = self._signed_indexes.find(source, chosen[0].digest)
+                        indexed, ignored = search.endorsed is not None, search.ignored
             finally:
                 source.close()
-            self._say_resolved(request, manifest, indexed, ignored)
+            found = chosen[1] if chosen is not None else None
+            self._say_resolved(request, manifest, reference.origin, found, indexed, ignored, parent)
         except ModelMountError as exc:
             self._reply(wire.failed(request, exc))
         except Exception as exc:
@@ -219,14 +241,31 @@ class Fetcher:
             os.close(manifest_fd)
         if Digest.of(data, digest.algorithm) != digest:
             raise DigestMismatchError(f"kept manifest {digest.short()}: has other bytes", subject=str(digest))
-        # That there is a signed index was found out when the manifest was kept; whether it still counts shows at `start`.
-        indexed = has_index(data) or (self._signed_indexes is not None and wire.field(request, "indexed", bool))
-        self._say_resolved(request, ManifestBytes(data, wire.field(request, "media_type", str), digest), indexed)
+        manifest = ManifestBytes(data, wire.field(request, "media_type", str), digest)
+        indexed = wire.field(request, "indexed", bool)
+        try:
+            chosen = parse_manifest(data, manifest.media_type)
+            # That there is a signed index was found out when the manifest was kept; whether it still counts shows at `start`.
+            indexed = has_index(chosen) or (self._signed_indexes is not None and indexed)
+        except (UnsupportedModelError, SizeMismatchError):  # an index, or what the worker says what is wrong with
+            chosen = None
+        self._say_resolved(request, manifest, wire.field(request, "origin", str), chosen, indexed)
 
     def _say_resolved(
-        self, request: wire.Message, manifest: ManifestBytes, indexed: bool, index_ignored: str = ""
+        self,
+        request: wire.Message,
+        manifest: ManifestBytes,
+        origin: str,
+        chosen: Manifest | None,
+        indexed: bool,
+        index_ignored: str = "",
+        parent: str | None = None,
     ) -> None:
-        self._resolved = manifest
+        """`chosen`: what the manifest is or leads to, if it was looked at."""
+        if not self._origins.own:
+            self._resolved = self._resolved or manifest
+        if chosen is not None:
+            self._manifests.setdefault(origin, []).append(chosen)
         manifest_fd = wire.memfd("manifest", manifest.data)
         try:
             self._reply(
@@ -236,6 +275,7 @@ class Fetcher:
                     media_type=manifest.media_type,
                     indexed=indexed,
                     index_ignored=index_ignored[:_MAX_REASON],
+                    parent=parent,
                 ),
                 [manifest_fd],
             )
@@ -244,7 +284,7 @@ class Fetcher:
 
     def _prove(self, request: wire.Message) -> None:
         """That the mount may show what others have fetched, or will."""
-        source, index, area_fd = self._sources[0], self._index, self._area_fd
+        source, index, area_fd = self._origins.own[0], self._index, self._area_fd
         try:
             if index is None or area_fd is None:
                 raise ControlError("fetcher: nothing to prove without a block index")
@@ -259,48 +299,43 @@ class Fetcher:
         remember_origins(area_fd, [source.origin])
         self._reply(wire.ok(request))
 
-    def _start(self, request: wire.Message, fds: list[int]) -> int:
-        """A memfd: the layers worth sharing, for the store, which finds a directory for each of them."""
-        if not fds or self._sources:
+    def _start(self, request: wire.Message, fds: list[int]) -> list[int]:
+        """Memfds: the layers worth sharing, for the store, which finds a directory for each of them; the model's own, then
+        those of every parent.
+        """
+        if len(fds) < 2 or self._origins.own:
             wire.close_all(fds)
-            raise ControlError("fetcher: start needs the cache area, once")
-        self._area_fd = fds[0]
+            raise ControlError("fetcher: start needs the sources and the cache area, once")
+        sources_fd, self._area_fd = fds[:2]
         narrow_to(Role.FETCHER, self._area_fd)  # before the engine's threads start, which inherit it
         self._engine_settings = EngineSettings(
             threads=wire.field(request, "threads", int), fill=wire.field(request, "fill", bool)
         )
         self._allowance.add(wire.field(request, "allowance", int))
-        self._use_sources(request, fds[1:])
-        layers = self._shareable(self._resolved)
+        self._use_sources(request, [sources_fd, *fds[2:]])
+        origins = [self._origins.own[0].origin, *self._origins.parents]
+        layers = [_shareable(self._manifests.get(origin, ())) for origin in origins]
         if Verify(wire.field(request, "verify", str)) is Verify.CHUNK:
             digest = Digest.parse(wire.field(request, "digest", str))
             resolved = self._resolved
-            known = resolved.data if resolved is not None and resolved.digest == digest else None
+            known = resolved if resolved is not None and resolved.digest == digest else None
+            variant = wire.field(request, "variant", str)
             self._index, self._index_word = load_index(
-                self._area_fd, self._sources[0], digest, known, self._signed_indexes
+                self._area_fd, self._origins.own[0], digest, known, self._signed_indexes, variant
             )
         self._resolved = None
-        for name, _ in layers:
+        self._manifests = {}
+        for name in dict.fromkeys(name for blobs in layers for name, _ in blobs):
             with contextlib.suppress(OSError):  # what cannot be shared is fetched
                 make_directory(self._area_fd, Digest.parse(name))
-        return wire.memfd("layers", json.dumps(layers).encode())
-
-    def _shareable(self, resolved: ManifestBytes | None) -> list[tuple[str, int]]:
-        """Digest and size of every layer that is worth the store's work. None after a restart: they are shared by then."""
-        if resolved is None:
-            return []
-        try:
-            layers = parse_manifest(resolved.data).layers
-        except ModelMountError:  # the worker says what is wrong with it
-            return []
-        return [(str(layer.digest), layer.size_bytes) for layer in layers if layer.size_bytes >= _SHARED_FROM_BYTES]
+        return [wire.memfd("layers", json.dumps(blobs).encode()) for blobs in layers]
 
     def _challenge(self, challenges_fd: int) -> None:
         try:
             wanted = json.loads(wire.read_all(challenges_fd, _MAX_SPECS_BYTES, "challenges"))
         finally:
             os.close(challenges_fd)
-        self._challenges = {Digest.parse(digest): int(block) for digest, block in wanted}
+        self._challenges |= {Digest.parse(digest): int(block) for digest, block in wanted}
         self._show_blocks()
 
     def _show_blocks(self) -> None:
@@ -324,17 +359,20 @@ class Fetcher:
     def _on_complete(self, blob: int) -> None:
         spec = self._specs[blob]
         if spec.size_bytes >= _SHARED_FROM_BYTES:
-            self._notify_supervisor({"op": "complete", "digest": str(spec.digest), "size_bytes": spec.size_bytes})
+            told = {"digest": str(spec.digest), "size_bytes": spec.size_bytes, "origin": spec.origin}
+            self._notify_supervisor({"op": "complete", **told})
 
     def _serve_build(self, channel_fd: int) -> None:
         channel = socket.socket(fileno=channel_fd)
-        if self._area_fd is None or not self._sources:
+        if self._area_fd is None or not self._origins.own:
             channel.close()
             raise ControlError("fetcher: build before start")
         if self._build is not None:
             self._build.stop()
         settings = replace(self._engine_settings, fill=True)
-        self._build = BuildService(channel, lambda: self._sources, self._area_fd, settings, self._index, self._on_wrong)
+        self._build = BuildService(
+            channel, lambda: self._origins, self._area_fd, settings, self._index, self._on_wrong, self._allowance
+        )
         self._build.start()
 
     def _use_hosts(self, hosts_fd: int) -> None:
@@ -344,12 +382,16 @@ class Fetcher:
             os.close(hosts_fd)
         self._hosts |= {str(registry): registry_hosts.from_wire(hosts) for registry, hosts in given.items()}
 
-    def _settings_for(self, reference: Reference, request: wire.Message, fds: list[int]) -> SourceSettings:
+    def _settings_for(
+        self, reference: Reference, request: Mapping[str, Any], logins: Any, fds: list[int]
+    ) -> SourceSettings:
         return SourceSettings(
-            rules=AddressRules(plain_http_hosts=frozenset(request.get("plain_http_hosts", ()))),
-            credentials=credentials.from_wire(request.get("credentials")),
+            rules=AddressRules(
+                frozenset(request.get("plain_http_hosts", ())), frozenset(request.get("allowed_registries", ()))
+            ),
+            credentials=credentials.from_wire(logins),
             hosts=self._hosts.get(reference.registry, ()),
-            layout_fd=fds[0] if fds else None,
+            layout_fd=fds[0] if fds and reference.is_layout else None,
         )
 
     def _fill(self) -> None:
@@ -358,22 +400,34 @@ class Fetcher:
             self._engine.fill()
 
     def _use_sources(self, request: wire.Message, fds: list[int]) -> None:
-        """Fetch from these from now on. A registry that was in use keeps its connections, and gets its credentials."""
-        before = {source.origin: source for source in self._sources}
-        self._sources = []
-        for wanted in wire.field(request, "sources", list):
+        """Fetch from these from now on. A registry that was in use keeps its connections, and gets its credentials. The first
+        descriptor has the list, which may be too large for a message.
+        """
+        try:
+            listed = json.loads(wire.read_all(fds[0], _MAX_SOURCES_BYTES, "sources"))
+        finally:
+            os.close(fds[0])
+        before = {source.origin: source for source in self._origins.all()}
+        own: list[ModelSource] = []
+        parents: dict[str, ModelSource] = {}
+        for wanted in listed:
             reference = Reference.parse(wire.field(wanted, "reference", str))
             source = before.pop(reference.origin, None)
             if source is None:
-                settings = {"plain_http_hosts": request.get("plain_http_hosts", ()), **wanted}
-                source = open_source(reference, self._settings_for(reference, settings, fds))
+                source = open_source(
+                    reference, self._settings_for(reference, request, wanted.get("credentials"), fds[1:])
+                )
             elif isinstance(source, RegistrySource):
                 source.replace_credentials(credentials.from_wire(wanted.get("credentials")))
-            self._sources.append(source)
+            if wanted.get("is_parent"):
+                parents[source.origin] = source
+            else:
+                own.append(source)
+        self._origins = Origins(own, parents)
         if self._engine is not None:
-            self._engine.use_sources(self._sources)
+            self._engine.use_sources(self._origins.for_blobs(self._specs))
         if self._build is not None:
-            self._build.use_sources(self._sources)
+            self._build.use_origins(self._origins)
         for source in before.values():
             source.close()
 
@@ -429,15 +483,12 @@ class Fetcher:
     def _start_engine(self, specs_fd: int) -> None:
         """The first worker's list starts the engine; a successor's is the same list."""
         try:
-            specs = [
-                BlobSpec(Digest.parse(digest), int(size))
-                for digest, size in json.loads(wire.read_all(specs_fd, _MAX_SPECS_BYTES, "blob list"))
-            ]
+            specs = blob_specs(wire.read_all(specs_fd, _MAX_SPECS_BYTES, "blob list"))
         finally:
             os.close(specs_fd)
         if self._engine is not None:
             return
-        if not self._sources or self._area_fd is None:
+        if not self._origins.own or self._area_fd is None:
             raise ControlError("fetcher: a worker was attached before resolve and start")
         hashes: list[BlobHashes | None] = [None] * len(specs)
         if self._index is not None:
@@ -468,7 +519,7 @@ class Fetcher:
             log.error("%s; what readers want goes to them without the cache", trouble)
             self._notify_supervisor({"op": "event", "reason": "CacheFailure", "error": to_wire(trouble)})
         self._engine = FetchEngine(
-            self._sources,
+            self._origins.for_blobs(specs),
             specs,
             writers,
             self._engine_settings,
@@ -516,10 +567,11 @@ class Fetcher:
 
     def _on_block(self, blob: int, block: int) -> None:
         self._tell_worker({"op": "have", "blob": blob, "block": block})
-        digest = self._specs[blob].digest
-        if self._challenges.get(digest) == block:
-            del self._challenges[digest]
-            self._notify_supervisor({"op": "proof", "digest": str(digest), "block": block})
+        spec = self._specs[blob]
+        if self._challenges.get(spec.digest) == block:
+            del self._challenges[spec.digest]
+            told = {"digest": str(spec.digest), "block": block, "origin": spec.origin}
+            self._notify_supervisor({"op": "proof", **told})
 
     def _on_lent(self, blob: int, block: int, slot: int) -> bool:
         with self._lending:  # a worker that is replaced in between would be lent what was taken back already
@@ -550,7 +602,7 @@ class Fetcher:
 
     def _send_stats(self, request: wire.Message) -> None:
         snapshot: dict[str, Any] = self._engine.snapshot() if self._engine else {"blobs": []}
-        snapshot["origins"] = [source.origin for source in self._sources]
+        snapshot["origins"] = [source.origin for source in self._origins.all()]
         stats_fd = wire.memfd("stats", json.dumps(snapshot).encode())
         try:
             self._reply(wire.ok(request), [stats_fd])
@@ -566,6 +618,23 @@ class Fetcher:
                 wire.send(self._control, message, fds)
             except OSError as exc:
                 log.warning("supervisor not reachable: %s", exc)
+
+
+def _shareable(manifests: Sequence[Manifest]) -> list[tuple[str, int]]:
+    """Digest and size of every layer that is worth the store's work. None after a restart: they are shared by then."""
+    layers = (layer for manifest in manifests for layer in manifest.layers)
+    return [(str(layer.digest), layer.size_bytes) for layer in layers if layer.size_bytes >= _SHARED_FROM_BYTES]
+
+
+def _chosen(source: ModelSource, root: ManifestBytes, variant: str) -> tuple[ManifestBytes, Manifest] | None:
+    """The manifest of the model; None for what cannot be mounted: the worker says what is wrong with it.
+
+    Raises: what the registry answers about a manifest that an index leads to.
+    """
+    try:
+        return variants.chosen(root, variant, lambda digest: source.fetch_manifest(None, digest, _VARIANT_TIMEOUT_S))
+    except (UnsupportedModelError, SizeMismatchError):
+        return None
 
 
 def run(control_fd: int, jail: Level, signed_indexes: SignedIndexes | None = None) -> int:

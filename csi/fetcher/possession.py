@@ -74,9 +74,12 @@ def _show_block(source: ModelSource, index: BlockIndex) -> None:
     reader = source.open_range(blob.digest, blob.size_bytes, block * blocks.BLOCK_BYTES, len(content))
     try:
         reader.readinto(content)
+        is_right = blob.is_right(block, content)
+        if not is_right:
+            reader.reject()
     finally:
         reader.close()
-    if not blob.is_right(block, content):
+    if not is_right:
         raise DigestMismatchError(
             f"{source.origin}: has the manifest, but another content than it says for blob {blob.digest.short()}; "
             "copy the model there with a tool that copies its blobs too",

@@ -6,6 +6,9 @@ redirect, and neither may lead this node to a metadata service or its own loopba
     link-local, metadata, multicast, unspecified addresses     never
     loopback        only where plain http applies
     private ranges  yes: many registries are there
+
+Where an administrator lists the registries that may be named, no other is spoken to, and where those lead (redirects, token
+services) is limited to public addresses at port 443, or listed too.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import ipaddress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from csi.errors import RegistryError
+from csi.errors import PolicyDeniedError, RegistryError
 
 MAX_REDIRECTS = 5
 _METADATA = frozenset({ipaddress.ip_address("169.254.169.254"), ipaddress.ip_address("fd00:ec2::254")})
@@ -22,9 +25,12 @@ _METADATA = frozenset({ipaddress.ip_address("169.254.169.254"), ipaddress.ip_add
 
 @dataclass(frozen=True, slots=True)
 class AddressRules:
-    """`plain_http_hosts`: `host` (any port) or `host:port`, lower case."""
+    """`plain_http_hosts`: `host` (any port) or `host:port`, lower case. `allowed`: the same, or `*.domain`, which stands for any
+    host below it; empty for no limit.
+    """
 
     plain_http_hosts: frozenset[str] = frozenset()
+    allowed: frozenset[str] = frozenset()
 
     def scheme_for(self, authority: str) -> str:
         """`http` or `https` for a registry's `host[:port]`."""
@@ -34,6 +40,29 @@ class AddressRules:
         """Loopback by name or address, or listed."""
         host = host_of(authority)
         return is_loopback_name(host) or authority.lower() in self.plain_http_hosts or host in self.plain_http_hosts
+
+    def check_registry(self, authority: str) -> None:
+        """Whether a reference may name this registry. Raises: PolicyDeniedError."""
+        if self.allowed and not self._is_listed(authority):
+            raise PolicyDeniedError(
+                f"registry {authority}: is not among the registries that volumes of this node may name; an administrator "
+                "allows it with --allow-registry",
+                rule="allow-registry",
+                reason="registry is not listed",
+            )
+
+    def _is_listed(self, authority: str) -> bool:
+        host = host_of(authority)
+        return any(
+            host.endswith(pattern[1:]) if pattern.startswith("*.") else pattern in (host, authority.lower())
+            for pattern in self.allowed
+        )
+
+    def _is_foreign(self, authority: str, ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+        """Among listed registries: another host, and not one of the public network at the usual port."""
+        if not self.allowed or self._is_listed(authority) or self.allows_plain_http(authority):
+            return False
+        return not ip.is_global or urlsplit(f"//{authority}").port not in (None, 443)
 
     def check_address(self, authority: str, address: str) -> None:
         """Whether to connect to `address`, which the name in `authority` resolved to.
@@ -48,6 +77,11 @@ class AddressRules:
             raise RegistryError(
                 f"registry {authority}: its name leads to an address this node does not speak to; "
                 "an administrator lists loopback registries with --plain-http-host"
+            )
+        if self._is_foreign(authority, ip):
+            raise RegistryError(
+                f"registry {authority}: its name leads to an address this node does not speak to; an administrator lists "
+                "private registries, and what they lead to, with --allow-registry"
             )
 
     def redirect(self, origin: str, target: str) -> bool:

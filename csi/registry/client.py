@@ -124,12 +124,12 @@ class RegistrySource:
         def open_one(endpoint: Endpoint, subject: str) -> RangeReader:
             response = endpoint.get_blob(digest, headers, subject)
             try:
-                return self._range_reader(response, subject, size_bytes, offset, length, endpoint)
+                return self._range_reader(response, subject, digest, size_bytes, offset, length, endpoint)
             except BaseException:
                 response.discard()
                 raise
 
-        return self._first("pull", f"{self.origin} blob {digest.short()}", open_one)
+        return self._first("pull", f"{self.origin} blob {digest.short()}", open_one, blob=digest)
 
     def _first(
         self,
@@ -137,13 +137,16 @@ class RegistrySource:
         subject: str,
         ask: Callable[[Endpoint, str], _Answer],
         deadline: float = math.inf,
+        blob: Digest | None = None,
     ) -> _Answer:
-        """The first endpoint's answer that is one. Those that failed lately are asked only if no other is left.
+        """The first endpoint's answer that is one. Those that failed lately are asked only if no other is left, and so are
+        those that have sent wrong bytes of `blob`.
 
         Raises: what the last of them said, which is the registry's own word where it was asked.
         """
         able = [endpoint for endpoint in self._endpoints if capability in endpoint.host.capabilities]
-        awake = [endpoint for endpoint in able if not endpoint.rests()] or able
+        trusted = [endpoint for endpoint in able if not endpoint.is_rejected(blob)] or able
+        awake = [endpoint for endpoint in trusted if not endpoint.rests()] or trusted
         error: ModelMountError | None = None
         for endpoint in awake:
             if error is not None and time.monotonic() > deadline:
@@ -155,6 +158,8 @@ class RegistrySource:
             except ModelMountError as exc:
                 if isinstance(exc, RegistryUnavailableError):
                     endpoint.failed(exc)
+                elif isinstance(exc, DigestMismatchError):
+                    endpoint.reject(None)
                 if endpoint is not awake[-1]:
                     log.info("%s; the next host is asked", exc)
                 error = exc
@@ -190,7 +195,14 @@ class RegistrySource:
         return ManifestBytes(data, response.headers.get("Content-Type", ""), found)
 
     def _range_reader(
-        self, response: Response, subject: str, size_bytes: int, offset: int, length: int, endpoint: Endpoint
+        self,
+        response: Response,
+        subject: str,
+        digest: Digest,
+        size_bytes: int,
+        offset: int,
+        length: int,
+        endpoint: Endpoint,
     ) -> _HttpRangeReader:
         if response.status not in (200, 206):
             self._expect_ok(response, subject, endpoint)
@@ -203,7 +215,7 @@ class RegistrySource:
         body_bytes = parse_size(response.headers.get("Content-Length"))
         if response.status == 206:
             self._check_content_range(response.headers.get("Content-Range"), subject, size_bytes, offset, length)
-            return _HttpRangeReader(response, subject, length, endpoint)
+            return _HttpRangeReader(response, subject, digest, length, endpoint)
         if body_bytes == size_bytes or (body_bytes is None and size_bytes == length):
             # Range was ignored: what comes is the whole blob.
             if offset > _MAX_SKIP_BYTES:
@@ -212,11 +224,11 @@ class RegistrySource:
                     f"{subject}: the registry ignores Range requests and sent the whole blob; ModelMount cannot stream "
                     "from it: put a proxy with Range support in front, or use another registry"
                 )
-            reader = _HttpRangeReader(response, subject, offset + length, endpoint)
+            reader = _HttpRangeReader(response, subject, digest, offset + length, endpoint)
             reader.skip(offset)
             return reader
         if body_bytes == length:  # a proxy that answers a range with 200: the bytes are those asked for
-            return _HttpRangeReader(response, subject, length, endpoint)
+            return _HttpRangeReader(response, subject, digest, length, endpoint)
         raise SizeMismatchError(
             f"{subject}: the manifest says {size_bytes} bytes, the registry has {body_bytes}; check its storage, or push "
             "the model again",
@@ -273,8 +285,9 @@ class RegistrySource:
 class _HttpRangeReader:
     """See `RangeReader`. `left` is what the body must still bring."""
 
-    def __init__(self, response: Response, subject: str, length: int, endpoint: Endpoint) -> None:
+    def __init__(self, response: Response, subject: str, digest: Digest, length: int, endpoint: Endpoint) -> None:
         self._response, self._subject, self._left, self._endpoint = response, subject, length, endpoint
+        self._digest = digest
         self._waited_s, self._waited_bytes = 0.0, 0
 
     def readinto(self, buffer: memoryview) -> None:
@@ -320,6 +333,10 @@ class _HttpRangeReader:
         """Read and drop."""
         if count:
             self.readinto(memoryview(bytearray(count)))
+
+    def reject(self) -> None:
+        self._endpoint.reject(self._digest)
+        log.warning("%s: wrong bytes; this host is not asked for them again", self._subject)
 
     def close(self) -> None:
         if self._left == 0:

@@ -25,6 +25,9 @@ _EXPIRED = (401, 403, 404, 410)
 _REDIRECTS = (301, 302, 303, 307, 308)
 _FIRST_REST_S = 1.0
 _LONGEST_REST_S = 60.0
+_DISTRUST_S = 600.0
+"""How long a host that sent wrong bytes is asked for nothing that somebody else has too. A guess, not measured."""
+_MAX_REJECTED = 4096
 
 
 class Endpoint:
@@ -50,8 +53,10 @@ class Endpoint:
         self._lock = threading.Lock()
         self._resolved: dict[Digest, str] = {}
         """Where a blob was redirected to; used until that address refuses."""
+        self._rejected: set[Digest] = set()
         self._failures = 0
         self._rests_until = 0.0
+        self._distrusted_until = 0.0
 
     def close(self) -> None:
         """Close idle connections."""
@@ -59,7 +64,7 @@ class Endpoint:
 
     def rests(self) -> bool:
         """Whether it has failed lately, and is left in peace for a while."""
-        return time.monotonic() < self._rests_until
+        return time.monotonic() < max(self._rests_until, self._distrusted_until)
 
     def failed(self, error: RegistryUnavailableError) -> None:
         """It does not answer, or asks for time: leave it in peace, longer each time, or as long as it says."""
@@ -68,6 +73,22 @@ class Endpoint:
             asked = error.fields.get("retry_after_s")
             rest_s = float(asked) if asked is not None else _FIRST_REST_S * 2.0 ** min(self._failures - 1, 8)
             self._rests_until = time.monotonic() + min(rest_s, _LONGEST_REST_S)
+
+    def reject(self, digest: Digest | None) -> None:
+        """It sent wrong bytes (of that blob): it is not to be asked for them any more, and for anything only if nobody else is
+        left.
+        """
+        with self._lock:
+            self._distrusted_until = time.monotonic() + _DISTRUST_S
+            if digest is not None:
+                if len(self._rejected) >= _MAX_REJECTED:
+                    self._rejected.clear()
+                self._rejected.add(digest)
+                self._resolved.pop(digest, None)
+
+    def is_rejected(self, digest: Digest | None) -> bool:
+        """Whether it has sent wrong bytes of that blob."""
+        return digest in self._rejected
 
     def cannot_serve_ranges(self) -> None:
         """It sends whole blobs: of no use for parts of them, for now."""
@@ -94,7 +115,7 @@ class Endpoint:
         with self._lock:
             known = self._resolved.get(digest)
         if known is not None:
-            response = self._transport.get(known, headers)
+            response = self._transport.get(known, headers, limited=True)
             if response.status not in _EXPIRED:
                 return response
             response.discard()
@@ -120,7 +141,7 @@ class Endpoint:
                 sent |= self._headers
                 if authorization.header is not None:
                     sent["Authorization"] = authorization.header
-            response = self._transport.get(url, sent, timeout_s)
+            response = self._transport.get(url, sent, timeout_s, limited=True)
             if response.status in (401, 403) and is_own:
                 challenges = parse_challenges(", ".join(response.headers.get_all("WWW-Authenticate", [])))
                 try:

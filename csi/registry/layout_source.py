@@ -127,6 +127,9 @@ class _FileRangeReader:
             self._offset += count
             buffer = buffer[count:]
 
+    def reject(self) -> None:
+        """There is nobody else who could be asked."""
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

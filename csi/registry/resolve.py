@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from csi.oci.digest import Digest
-from csi.oci.manifest import parse_manifest
+from csi.oci.formats import index
 from csi.oci.reference import Reference
 from csi.registry.sources import SourceSettings, open_source
 
@@ -21,15 +21,17 @@ class ResolvedModel:
     size_bytes: int
 
 
-def resolve_model(reference: Reference, settings: SourceSettings, timeout_s: float) -> ResolvedModel:
-    """One manifest, fetched once and hashed.
+def resolve_model(reference: Reference, settings: SourceSettings, timeout_s: float, variant: str = "") -> ResolvedModel:
+    """One manifest, fetched once and hashed; with an index that one, and the size of the manifest it leads to with
+    `variant` (see `csi.oci.formats.index.pick`) on a machine like this.
 
-    Raises: ModelNotFoundError, RegistryAuthError, RegistryUnavailableError, RegistryError, ContentError.
+    Raises: ModelNotFoundError, RegistryAuthError, RegistryUnavailableError, RegistryError, ContentError;
+    UnsupportedModelError for an index that leaves open which of its manifests is the model.
     """
     source = open_source(reference, settings)
     try:
         found = source.fetch_manifest(reference.tag, reference.digest, timeout_s)
+        _, manifest = index.chosen(found, variant, lambda digest: source.fetch_manifest(None, digest, timeout_s))
     finally:
         source.close()
-    manifest = parse_manifest(found.data, found.media_type)
     return ResolvedModel(found.digest, sum(layer.size_bytes for layer in manifest.layers))

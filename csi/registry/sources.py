@@ -32,13 +32,16 @@ class SourceSettings:
 
 
 def open_source(reference: Reference, settings: SourceSettings) -> ModelSource:
-    """No I/O yet. Raises: InvalidVolumeError for a layout without its directory."""
+    """No I/O yet. Raises: InvalidVolumeError for a layout without its directory, PolicyDeniedError for a registry that may not
+    be named.
+    """
     if reference.is_layout:
         if settings.layout_fd is None:
             raise InvalidVolumeError(f"{reference}: its directory was not opened", field="reference")
         return LayoutSource(settings.layout_fd, reference.layout_dir)
     if settings.layout_fd is not None:
         os.close(settings.layout_fd)
+    settings.rules.check_registry(reference.registry)
     hosts = settings.hosts or (own_host(reference.registry),)
     return RegistrySource(reference, [_endpoint(host, reference, settings) for host in hosts])
 
@@ -49,7 +52,7 @@ def _endpoint(host: RegistryHost, reference: Reference, settings: SourceSettings
     if not host.scheme:
         host = replace(host, scheme=rules.scheme_for(reference.registry))
     elif host.is_mirror or host.scheme == "http":
-        rules = AddressRules(rules.plain_http_hosts | {host.authority})
+        rules = replace(rules, plain_http_hosts=rules.plain_http_hosts | {host.authority})
     base = settings.transport
     transport = Transport(
         rules,

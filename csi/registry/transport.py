@@ -42,10 +42,13 @@ class TlsSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransportSettings:
-    """Seconds: to connect one address; without a byte while one is awaited."""
+    """Seconds: to connect one address; without a byte while one is awaited. `most_at_once`: requests to one host that are
+    limited (see `Transport.get`); what others take from it at the same time is not counted.
+    """
 
     connect_timeout_s: float = 10.0
     stall_timeout_s: float = 20.0
+    most_at_once: int = 16
     tls: TlsSettings = TlsSettings()
 
 
@@ -54,6 +57,7 @@ class Response:
 
     def __init__(self, transport: Transport, key: HostKey, connection: http.client.HTTPConnection) -> None:
         self._transport, self._key, self._connection = transport, key, connection
+        self._slot: threading.Semaphore | None = None
         self._response = connection.getresponse()
         self.stall_timeout_s = transport.stall_timeout_s
         self.status = self._response.status
@@ -76,7 +80,7 @@ class Response:
         """The body was read to its end (or is short): keep the connection for the next request if it can be."""
         if not self._open:
             return
-        self._open = False
+        self._end()
         if self._response.isclosed() and not self._response.will_close:
             self._transport.give_back(self._key, self._connection)
         else:
@@ -85,8 +89,17 @@ class Response:
     def discard(self) -> None:
         """Drop the connection with whatever is still coming."""
         if self._open:
-            self._open = False
+            self._end()
             self._connection.close()
+
+    def occupy(self, slot: threading.Semaphore) -> None:
+        """`slot` was acquired for it, and is released with it."""
+        self._slot = slot
+
+    def _end(self) -> None:
+        self._open = False
+        if self._slot is not None:
+            self._slot.release()
 
 
 class Transport:
@@ -98,20 +111,39 @@ class Transport:
         self._lock = threading.Lock()
         self._idle: dict[HostKey, list[http.client.HTTPConnection]] = {}
         self._tls: dict[bool, ssl.SSLContext] = {}
+        self._slots: dict[HostKey, threading.Semaphore] = {}
 
     @property
     def stall_timeout_s(self) -> float:
         """How long nothing may come while something is awaited."""
         return self._settings.stall_timeout_s
 
-    def get(self, url: str, headers: Mapping[str, str], timeout_s: float | None = None) -> Response:
-        """One GET. `timeout_s` bounds each wait for bytes, at most the stall timeout.
+    def get(
+        self, url: str, headers: Mapping[str, str], timeout_s: float | None = None, *, limited: bool = False
+    ) -> Response:
+        """One GET. `timeout_s` bounds each wait for bytes, at most the stall timeout. `limited`: it waits while `most_at_once`
+        others of this kind to the host are not finished.
 
         An idle connection the server has closed meanwhile is replaced once, unseen.
 
         Raises: RegistryUnavailableError (cannot connect, no answer), RegistryError (forbidden address).
         """
-        return self._ask("GET", url, headers, None, timeout_s)
+        if not limited:
+            return self._ask("GET", url, headers, None, timeout_s)
+        parts = urlsplit(url)
+        key = (parts.scheme, parts.netloc)
+        with self._lock:
+            slot = self._slots.setdefault(key, threading.Semaphore(self._settings.most_at_once))
+        # The others each end within their own timeouts; whoever waits for longer than one of those asks again.
+        if not slot.acquire(timeout=self._settings.stall_timeout_s):
+            raise _unavailable(key, f"all {self._settings.most_at_once} requests to it at once are still going on")
+        try:
+            response = self._ask("GET", url, headers, None, timeout_s)
+        except BaseException:
+            slot.release()
+            raise
+        response.occupy(slot)
+        return response
 
     def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Response:
         """One POST that may be sent twice, as to a token service. Otherwise as `get`."""
@@ -226,27 +258,32 @@ class Transport:
         ) from failure
 
     def _tls_context(self, authority: str) -> ssl.SSLContext:
-        tls = self._settings.tls
-        is_own = authority == tls.authority
+        is_own = authority == self._settings.tls.authority
         with self._lock:
             if is_own not in self._tls:
-                context = ssl.create_default_context()
-                context.minimum_version = ssl.TLSVersion.TLSv1_2
-                try:
-                    for pem in tls.ca:
-                        context.load_verify_locations(cadata=pem)
-                    for certificate, key in tls.client if is_own else ():
-                        _load_pair(context, certificate, key)
-                except (ssl.SSLError, ValueError) as exc:
-                    raise RegistryError(
-                        f"registry {authority}: a CA, client certificate or key of its configuration cannot be used "
-                        f"({getattr(exc, 'reason', None) or type(exc).__name__}); an administrator of this node corrects it"
-                    ) from None
-                if is_own and tls.skip_verify:
-                    context.check_hostname = False
-                    context.verify_mode = ssl.CERT_NONE
-                self._tls[is_own] = context
+                self._tls[is_own] = tls_context(self._settings.tls, authority)
             return self._tls[is_own]
+
+
+def tls_context(tls: TlsSettings, authority: str) -> ssl.SSLContext:
+    """For connections to `authority`. Raises: RegistryError for a CA, certificate or key that cannot be used."""
+    is_own = authority == tls.authority
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        for pem in tls.ca:
+            context.load_verify_locations(cadata=pem)
+        for certificate, key in tls.client if is_own else ():
+            _load_pair(context, certificate, key)
+    except (ssl.SSLError, ValueError) as exc:
+        raise RegistryError(
+            f"registry {authority}: a CA, client certificate or key of its configuration cannot be used "
+            f"({getattr(exc, 'reason', None) or type(exc).__name__}); an administrator of this node corrects it"
+        ) from None
+    if is_own and tls.skip_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def _unavailable(key: HostKey, problem: str) -> RegistryUnavailableError:

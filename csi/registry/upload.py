@@ -21,7 +21,7 @@ import http
 import json
 import math
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -51,7 +51,8 @@ from csi.registry.auth import Authenticator, Authorization
 from csi.registry.headers import parse_challenges
 from csi.registry.pushing import HashedFile, OnProgress, PushProgress, PushState, Referrer
 from csi.registry.realm import split_url
-from csi.registry.transport import Transport
+from csi.registry.transport import TlsSettings, Transport, TransportSettings, tls_context
+from csi.registry_hosts import RegistryHost, own_host
 
 _CONNECT_TIMEOUT_S = 10.0
 _ANSWER_TIMEOUT_S = 120.0
@@ -68,11 +69,17 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 
 
 class _Adapter(HTTPAdapter):
-    """The CAs of the system beside those of requests, and a timeout on every request, also on those oras makes."""
+    """The CAs of the system and of the configuration beside those of requests, and a timeout on every request, also on those
+    oras makes.
+    """
+
+    def __init__(self, tls: TlsSettings, authority: str) -> None:
+        self._context = tls_context(tls, authority)
+        super().__init__()
 
     def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **pool_kwargs: Any) -> None:
         super().init_poolmanager(  # type: ignore[no-untyped-call, unused-ignore]
-            connections, maxsize, block, ssl_context=ssl.create_default_context(), **pool_kwargs
+            connections, maxsize, block, ssl_context=self._context, **pool_kwargs
         )
 
     def send(
@@ -85,6 +92,7 @@ class _Adapter(HTTPAdapter):
         proxies: Mapping[str, str] | None = None,
     ) -> requests.Response:
         timeout = timeout or (_CONNECT_TIMEOUT_S, _ANSWER_TIMEOUT_S)
+        verify = verify and self._context.verify_mode is not ssl.CERT_NONE
         return super().send(request, stream, timeout, verify, cert, proxies)
 
 
@@ -100,23 +108,37 @@ class _Answer:
 class ModelUploader:
     """A `ModelSink` over one repository of a registry.
 
-    Plain HTTP is spoken to loopback registries, and to others only with `plain_http`; never as a fallback.
+    Plain HTTP is spoken to loopback registries, and to others only with `plain_http`; never as a fallback. Of `hosts` (empty:
+    the registry as it is) the registry's own entry counts, with its address, certificates and headers: a mirror has no use
+    for a push.
     """
 
-    def __init__(self, reference: Reference, *, plain_http: bool, credentials: Credentials = ()) -> None:
-        """No I/O yet."""
+    def __init__(
+        self,
+        reference: Reference,
+        *,
+        plain_http: bool,
+        credentials: Credentials = (),
+        hosts: Sequence[RegistryHost] = (),
+    ) -> None:
+        """No I/O yet. Raises: RegistryError for a host that is not pushed to, or whose certificates cannot be used."""
         rules = AddressRules(frozenset({reference.registry}) if plain_http else frozenset())
+        host = _own_host(reference, hosts)
+        scheme = host.scheme or rules.scheme_for(reference.registry)
+        if scheme == "http":
+            rules = AddressRules(rules.plain_http_hosts | {host.authority})
         self._origin = reference.origin
         self._registry = reference.registry
-        self._oras = oras.provider.Registry(
-            hostname=reference.registry, insecure=rules.scheme_for(reference.registry) == "http", auth_backend="token"
-        )
-        self._base = f"{self._oras.prefix}://{reference.registry}"
+        self._headers = dict(host.headers)
+        self._oras = oras.provider.Registry(hostname=host.authority, insecure=scheme == "http", auth_backend="token")
+        self._base = f"{self._oras.prefix}://{host.authority}"
         self._oras.session.trust_env = False
-        for scheme in ("https://", "http://"):
-            self._oras.session.mount(scheme, _Adapter())
-        self._container = oras.container.Container(f"{reference.registry}/{reference.repository}")
-        self._transport = Transport(rules)
+        tls = TlsSettings(host.authority, host.ca, host.client, host.skip_verify)
+        self._oras.session.mount("http://", _Adapter(tls, ""))
+        self._oras.session.mount("https://", _Adapter(tls, ""))
+        self._oras.session.mount(f"https://{host.authority}/", _Adapter(tls, host.authority))
+        self._container = oras.container.Container(f"{host.authority}/{reference.repository}")
+        self._transport = Transport(rules, TransportSettings(tls=tls))
         self._authenticator = Authenticator(
             self._base, reference.repository, credentials, self._transport, actions="pull,push"
         )
@@ -290,6 +312,8 @@ class ModelUploader:
         most_bytes: int,
     ) -> _Answer:
         sent = {"Accept-Encoding": "identity", "User-Agent": "modelmount", **(headers or {})}
+        if _same_origin(url, self._base):
+            sent |= self._headers
         if authorization.header is not None:
             sent["Authorization"] = authorization.header
         # While a body is sent, urllib3 waits for the socket as long as for a connection.
@@ -351,6 +375,17 @@ class ModelUploader:
         return RegistryUnavailableError(
             f"registry {self._registry}: {method} {redact_url(url)} failed: {_reason(error)}; {_hint(error)}"
         )
+
+
+def _own_host(reference: Reference, hosts: Sequence[RegistryHost]) -> RegistryHost:
+    """The registry's own entry, which is the last. Raises: RegistryError."""
+    host = hosts[-1] if hosts else own_host(reference.registry)
+    if "push" not in host.capabilities or host.path != "/v2":
+        raise RegistryError(
+            f"registry {reference.registry}: its hosts.toml does not allow pushing to {host.authority}{host.path}; expected "
+            "the capability 'push' and a path of /v2; correct its 'server', or push without --registry-config-dir"
+        )
+    return host
 
 
 def _join(base: str, location: str) -> str:

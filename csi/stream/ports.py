@@ -26,6 +26,11 @@ class RangeReader(Protocol):
         Raises: RegistryUnavailableError when the source stalls, resets or ends early.
         """
 
+    def reject(self) -> None:
+        """What it brought is wrong: whoever sent it is not asked for this blob any more, nor for a while for anything, as long
+        as somebody else can be.
+        """
+
     def close(self) -> None:
         """Give the connection back (range read to its end) or drop it. Idempotent."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,17 @@ class BuildPhase:
         self._report: dict[str, Any] = {}
 
     async def run(
-        self, worker: Child, fetcher: Child, manifest: SentManifest, area_fd: int, view: dict[str, str], verify: str
+        self,
+        worker: Child,
+        fetcher: Child,
+        manifest: SentManifest,
+        parents: Sequence[tuple[str, SentManifest]],
+        area_fd: int,
+        view: dict[str, str],
+        verify: str,
     ) -> tuple[int, dict[str, int]]:
-        """The tree (a sealed memfd, the caller's) and its summary.
+        """The tree (a sealed memfd, the caller's) and its summary. `parents`: what the model builds on, the nearest first, with
+        the origin of each (empty for the model's own).
 
         Raises: what keeps the model from being mounted, from the worker; ControlError when either process dies.
         """
@@ -49,8 +57,9 @@ class BuildPhase:
             await worker.call(
                 "build",
                 _CALL_TIMEOUT_S,
-                [manifest.fd, area_fd, worker_end.fileno()],
+                [manifest.fd, area_fd, worker_end.fileno(), *(parent.fd for _, parent in parents)],
                 media_type=manifest.media_type,
+                parents=[{"origin": origin, "media_type": parent.media_type} for origin, parent in parents],
                 view=view,
                 verify=verify,
             )
@@ -71,6 +80,11 @@ class BuildPhase:
         return list(self._report.get("layers", ()))
 
     @property
+    def warnings(self) -> list[str]:
+        """What was left out of the tree or looks odd."""
+        return list(self._report.get("warnings", ()))
+
+    @property
     def chosen(self) -> str | None:
         """The digest of the manifest that an index led to."""
         return self._report.get("chosen")
@@ -82,9 +96,17 @@ class BuildPhase:
         eta_s = round((size - done) / rate) if done else None
         percent = 100 * done // size if size else 0
         ready = f", ready in about {eta_s} s" if eta_s is not None else ""
+        modes = {layer["mode"] for layer in self.layers if layer["done_bytes"] < layer["size_bytes"]}
+        if modes - {"streamed"}:
+            what = (
+                f"compressed layers are being read: {percent} % of {size / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s{ready}"
+            )
+        elif modes:
+            what = f"the headers of its archives are being read: {percent} % of {size / 1e6:,.0f} MB are looked through"
+        else:
+            what = "it is being mounted" if self.layers else "its manifest is being read"
         return ModelPreparingError(
-            f"{self._subject}: compressed layers are being read: {percent} % of {size / 1e6:,.0f} MB, "
-            f"{rate / 1e6:,.0f} MB/s{ready}; it goes on, and the volume is there when you call again",
+            f"{self._subject}: {what}; it goes on, and the volume is there when you call again",
             percent=percent,
             rate_bytes_s=round(rate),
             eta_s=eta_s,

@@ -13,7 +13,7 @@ from typing import Any
 
 from csi.control import endpoint, wire
 from csi.control.supervisor import SOCKET_NAME
-from csi.credentials import from_wire
+from csi.credentials import Keyring, from_wire, keyring_from_wire
 from csi.errors import ControlError, ModelMountError
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
@@ -23,6 +23,8 @@ from csi.supervisor.supervise import Supervisor
 from csi.volume import Prefetch, Verify
 
 log = logging.getLogger(__name__)
+
+_MAX_KEYRING_BYTES = 4 * 1024 * 1024
 
 
 async def serve(settings: SupervisorSettings) -> None:
@@ -70,10 +72,10 @@ async def _serve_connection(supervisor: Supervisor, connection: socket.socket, a
             if received is None:
                 return
             request, fds = received
-            wire.close_all(fds)
+            keyring = _keyring(fds)
             if endpoint.peer_of(connection).uid not in allowed_uids:
                 raise ControlError("supervisor: this user may not ask for mounts")
-            fields, reply_fds = await _handle(supervisor, request)
+            fields, reply_fds = await _handle(supervisor, request, keyring)
             reply = wire.ok(request, **fields)
         except ModelMountError as exc:
             log.info("refused %s: %s", request.get("op"), exc)
@@ -108,7 +110,17 @@ async def _receive(connection: socket.socket) -> tuple[wire.Message, list[int]] 
     return wire.recv(connection)
 
 
-async def _handle(supervisor: Supervisor, request: wire.Message) -> tuple[dict[str, Any], list[int]]:
+def _keyring(fds: list[int]) -> Keyring:
+    """What the request brought beside its message; the descriptors are closed."""
+    try:
+        return keyring_from_wire(json.loads(wire.read_all(fds[0], _MAX_KEYRING_BYTES, "keyring"))) if fds else Keyring()
+    except (OSError, ValueError) as exc:
+        raise ControlError("supervisor: the keyring cannot be read") from exc
+    finally:
+        wire.close_all(fds)
+
+
+async def _handle(supervisor: Supervisor, request: wire.Message, keyring: Keyring) -> tuple[dict[str, Any], list[int]]:
     match request.get("op"):
         case "ping":
             return {"pid": os.getpid()}, []
@@ -126,12 +138,14 @@ async def _handle(supervisor: Supervisor, request: wire.Message) -> tuple[dict[s
                     credentials=from_wire(request.get("credentials")),
                     domain=wire.field(request, "domain", str),
                     service_account=wire.field(request, "service_account", str),
+                    keyring=keyring,
+                    pinned_parents=[Reference.parse(str(parent)) for parent in request.get("pinned_parents", ())],
                 )
             )
             return await asyncio.shield(work), []
         case "renew":
             renewed = await supervisor.renew(
-                wire.field(request, "target_path", str), from_wire(request.get("credentials"))
+                wire.field(request, "target_path", str), from_wire(request.get("credentials")), keyring
             )
             return {"mount": renewed}, []
         case "release":

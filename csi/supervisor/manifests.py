@@ -21,17 +21,19 @@ from csi.oci.digest import Digest
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 5 * 1024 * 1024  # a manifest has 4 MiB at most, and its media type stands before it
-_INDEXED = b"indexed"
 
 
 @dataclass(frozen=True, slots=True)
 class KeptManifest:
-    """The very bytes that hash to `digest`, and the media type they came with. `indexed`: its block index could be had."""
+    """The very bytes that hash to `digest`, the media type they came with, and what was found out with them: whether a block
+    index of the model could be had, and what it builds on.
+    """
 
     digest: Digest
     media_type: str
     data: bytes
     indexed: bool = False
+    parent: str | None = None
 
 
 class KeptManifests:
@@ -42,28 +44,26 @@ class KeptManifests:
         os.makedirs(directory, mode=0o700, exist_ok=True)
         self._drop_old()
 
-    def get(self, domain: str, digest: Digest) -> KeptManifest | None:
-        """The manifest of that digest, if it is here and whole."""
+    def get(self, domain: str, digest: Digest, variant: str = "") -> KeptManifest | None:
+        """The manifest of that digest, if it is here and whole. `variant`: the one that was asked for, if it is an index."""
         try:
-            with open(self._path(domain, digest), "rb") as file:
+            with open(self._path(domain, digest, variant), "rb") as file:
                 head, _, data = file.read(MAX_BYTES + 1).partition(b"\n")
-        except OSError:
+            media_type, indexed, parent = json.loads(head)
+        except (OSError, ValueError, TypeError):
             return None
         if Digest.of(data, digest.algorithm) != digest:
             log.warning("the kept manifest %s is damaged and counts as not there", digest.short())
             return None
-        media_type, _, indexed = head.partition(b"\t")
-        return KeptManifest(digest, media_type.decode("ascii", "replace"), data, indexed == _INDEXED)
+        return KeptManifest(digest, str(media_type), data, bool(indexed), None if parent is None else str(parent))
 
-    def keep(self, domain: str, manifest: KeptManifest) -> None:
+    def keep(self, domain: str, manifest: KeptManifest, variant: str = "") -> None:
         """From now on for `life_s`. Best effort: without it the registry is asked again."""
-        if {"\n", "\t"} & set(manifest.media_type) or not manifest.media_type.isascii():
-            return
-        path = self._path(domain, manifest.digest)
+        path = self._path(domain, manifest.digest, variant)
+        head = json.dumps([manifest.media_type, manifest.indexed, manifest.parent])
         try:
             with open(f"{path}.tmp", "wb") as file:
-                indexed = b"\t" + _INDEXED if manifest.indexed else b""
-                file.write(manifest.media_type.encode() + indexed + b"\n" + manifest.data)
+                file.write(head.encode() + b"\n" + manifest.data)
             os.utime(f"{path}.tmp", (self._clock(), self._clock()))
             os.replace(f"{path}.tmp", path)
         except OSError as exc:
@@ -76,6 +76,6 @@ class KeptManifests:
                 if self._clock() - entry.stat().st_mtime > self._life_s:
                     os.unlink(entry.path)
 
-    def _path(self, domain: str, digest: Digest) -> str:
-        text = json.dumps([domain, str(digest)])
+    def _path(self, domain: str, digest: Digest, variant: str) -> str:
+        text = json.dumps([domain, str(digest), *([variant] if variant else [])])
         return os.path.join(self._directory, hashlib.sha256(text.encode()).hexdigest())

@@ -21,12 +21,12 @@ import socket
 import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from csi.control import wire
 from csi.control.keeper import KeptMount
-from csi.credentials import Credentials, to_wire, united, within_limits
+from csi.credentials import NO_LOGINS, Credentials, Keyring, to_wire, united, within_limits
 from csi.errors import (
     ControlError,
     DigestMismatchError,
@@ -45,6 +45,7 @@ from csi.supervisor.hosts import read_hosts
 from csi.supervisor.kept import KeptMounts
 from csi.supervisor.manifests import MAX_BYTES, KeptManifest, KeptManifests
 from csi.supervisor.ownership import give
+from csi.supervisor.parents import NO_PARENTS, FoundParents, Parent, parent_sources
 from csi.supervisor.settings import SupervisorSettings
 from csi.supervisor.store_link import StoreLink
 from csi.volume import SHARED_DOMAIN, MountKey, Prefetch, Verify
@@ -57,6 +58,7 @@ _PROOF_TIMEOUT_S = 300.0  # one block, however slow the link: who publishes hear
 _CRASH_WINDOW_S = 30.0
 _CRASHES_BEFORE_WAIT = 5
 _CRASH_WAIT_S = 5.0
+_OF_AN_INDEX = "of an index"  # kept apart: whether these have a block index was not looked at
 _STATS_LIMIT_BYTES = 64 * 1024 * 1024
 
 
@@ -68,6 +70,10 @@ class Lease:
     reference: Reference
     credentials: Credentials = field(default=(), repr=False)
     service_account: str = ""
+    parents: tuple[Parent, ...] = ()
+    brought: Credentials = field(default=(), repr=False)
+    keyring: Keyring = field(default=NO_LOGINS, repr=False)
+    """What the volume itself brought, without the node's own logins."""
     refused: str | None = None
     """What the registry said when it was last asked whether these credentials may still read the model."""
 
@@ -75,7 +81,8 @@ class Lease:
 @dataclass(frozen=True, slots=True)
 class Resolved:
     """What a reference names now. `manifest_fd` is a sealed memfd, the holder's to close. `indexed`: there is a block index
-    that this node trusts. `index_ignored`: why one that there is besides is not used.
+    that this node trusts. `index_ignored`: why one that there is besides is not used. `parent`: the reference of the model that
+    it builds on.
     """
 
     manifest_fd: int
@@ -83,6 +90,7 @@ class Resolved:
     digest: Digest
     indexed: bool
     index_ignored: str = ""
+    parent: str | None = None
 
 
 class Mount:
@@ -115,8 +123,11 @@ class Mount:
         self.indexed = False
         self.index = "none"
         self.wanted_at = 0.0
+        self.parents: tuple[Reference, ...] = ()
+        """What the model builds on, by digest."""
         self._first_credentials: Credentials = ()
         self._proven: set[str] = set()  # origins
+        self._first_parents: tuple[Parent, ...] = ()
         self._fill = False
         self._stopping = False
         self._worker: Child | None = None
@@ -129,18 +140,27 @@ class Mount:
         self.failure: ModelMountError | None = None
         """Why it never was served."""
 
-    def prepare(self, fetcher: Child, model: Resolved, credentials: Credentials, prefetch: Prefetch) -> None:
-        """Begin to make the mount, from a manifest to a served superblock. Takes over `fetcher`, not `model.manifest_fd`. It
-        goes on until it is done or `close`; on failure nothing of it stays.
+    def prepare(
+        self,
+        fetcher: Child,
+        model: Resolved,
+        credentials: Credentials,
+        prefetch: Prefetch,
+        found: FoundParents = NO_PARENTS,
+    ) -> None:
+        """Begin to make the mount, from a manifest to a served superblock. Takes over `fetcher`, not the manifests of `model`
+        and `found`. It goes on until it is done or `close`; on failure nothing of it stays.
         """
         self._fetcher = fetcher
         self.indexed = model.indexed
         if model.index_ignored:
             self.event("IndexIgnored", model.index_ignored)
         self._fill = prefetch is Prefetch.FULL
-        self._first_credentials = credentials
+        self._first_credentials, self._first_parents = credentials, found.parents
+        self.parents = tuple(parent.reference for parent in found.parents)
         manifest = SentManifest(os.dup(model.manifest_fd), model.media_type)
-        self._creation = asyncio.create_task(self._create(fetcher, manifest))
+        parents = [SentManifest(os.dup(parent.fd), parent.media_type) for parent in found.manifests]
+        self._creation = asyncio.create_task(self._create(fetcher, manifest, parents))
 
     async def ready(self, patience_s: float) -> None:
         """Returns once the mount is served.
@@ -157,19 +177,24 @@ class Mount:
         if not self._creation.done():
             raise self._build.not_ready()
 
-    async def _create(self, fetcher: Child, manifest: SentManifest) -> None:
+    async def _create(self, fetcher: Child, manifest: SentManifest, parents: Sequence[SentManifest]) -> None:
         try:
             worker_ready = asyncio.create_task(self._pool.take("worker"))
             self._area_fd = _open_area(self._settings.area_dir(self.key), self._settings)
             if self.reference.is_layout:
                 self._layout_fd = os.open(self.reference.layout_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             self._worker = await worker_ready
-            await self._start_fetcher(
-                fetcher, [{"reference": str(self.reference), "credentials": to_wire(self._first_credentials)}]
-            )
+            await self._start_fetcher(fetcher, self._first_sources())
             await self._prove(fetcher)
+            origins = ["" if parent.origin == self.reference.origin else parent.origin for parent in self.parents]
             self._tree_fd, self.summary = await self._build.run(
-                self._worker, fetcher, manifest, self._area_fd, self.key.view.texts, str(self.key.verify)
+                self._worker,
+                fetcher,
+                manifest,
+                list(zip(origins, parents, strict=True)),
+                self._area_fd,
+                self.key.view.texts,
+                str(self.key.verify),
             )
             self._save_tree()
             collected = await self._keeper.mount(
@@ -189,7 +214,7 @@ class Mount:
             await self._tear_down()
             return
         finally:
-            os.close(manifest.fd)
+            wire.close_all([manifest.fd, *(parent.fd for parent in parents)])
         self._watchers = [asyncio.create_task(self._watch_worker()), asyncio.create_task(self._watch_fetcher())]
 
     def is_stranger(self, reference: Reference) -> bool:
@@ -209,23 +234,28 @@ class Mount:
             child = await resolve(
                 self._fetcher, self.reference.with_digest(digest), self._first_credentials, self._settings
             )
-            self._manifests.keep(self.key.domain, kept_of(child))
+            self._manifests.keep(self.key.domain, kept_of(child), _OF_AN_INDEX)
         except RegistryUnavailableError:
-            kept = self._manifests.get(self.key.domain, digest)
+            kept = self._manifests.get(self.key.domain, digest, _OF_AN_INDEX)
             if kept is None:
                 raise
-            child = await resolve_known(self._fetcher, kept)
+            child = await resolve_known(self._fetcher, kept, self.reference.origin)
         return SentManifest(child.manifest_fd, child.media_type)
 
-    async def use_first_credentials(self, credentials: Credentials) -> None:
+    async def use_first_credentials(self, credentials: Credentials, parents: tuple[Parent, ...] = ()) -> None:
         """Newer ones, while the mount is being made and no volume has it yet."""
-        if self.leases or credentials == self._first_credentials:
+        if self.leases or (credentials, parents) == (self._first_credentials, self._first_parents):
             return
-        self._first_credentials = credentials
-        await self._send_sources([{"reference": str(self.reference), "credentials": to_wire(credentials)}])
+        self._first_credentials, self._first_parents = credentials, parents
+        await self._send_sources(self._first_sources())
+
+    def _first_sources(self) -> list[dict[str, Any]]:
+        own = {"reference": str(self.reference), "credentials": to_wire(self._first_credentials)}
+        return [own, *parent_sources(self.reference, [self._first_parents])]
 
     async def access(self, reference: Reference, credentials: Credentials) -> None:
-        """Whether these credentials may read the model, asked of the registry itself.
+        """Whether these credentials may read the model (or the parent of it whose digest `reference` has), asked of the
+        registry itself.
 
         Raises: RegistryAuthError, ModelNotFoundError, RegistryUnavailableError; DigestMismatchError when another registry
         than the mount's has the manifest but not the blobs.
@@ -233,13 +263,8 @@ class Mount:
         if self._fetcher is None:
             raise ControlError(f"mount {self.mount_id[:8]}: its fetcher is being replaced; try again")
         # A registry that only repeats a manifest must not open the door to blobs it does not have.
-        model = await resolve(
-            self._fetcher,
-            reference.with_digest(self.key.digest),
-            credentials,
-            self._settings,
-            prove=self.is_stranger(reference),
-        )
+        wanted = reference if reference in self.parents else reference.with_digest(self.key.digest)
+        model = await resolve(self._fetcher, wanted, credentials, self._settings, prove=self.is_stranger(reference))
         os.close(model.manifest_fd)
         self._proven.add(reference.origin)
 
@@ -250,11 +275,13 @@ class Mount:
         if self._sources() != before:
             await self._use_sources()
 
-    async def replace_credentials(self, target_path: str, credentials: Credentials) -> None:
-        """A republish brought newer ones: use them from now on."""
+    async def replace_credentials(
+        self, target_path: str, credentials: Credentials, parents: tuple[Parent, ...] = ()
+    ) -> None:
+        """There are newer ones: use them from now on."""
         lease = self.leases[target_path]
-        if lease.credentials != credentials:
-            lease.credentials = credentials
+        if (lease.credentials, lease.parents) != (credentials, parents):
+            lease.credentials, lease.parents = credentials, parents
             await self._use_sources()
 
     async def drop_lease(self, target_path: str) -> None:
@@ -307,7 +334,9 @@ class Mount:
             "dead": self.dead,
             "preparing": None if self.kept is not None else self._build.not_ready().message,
             "variant_digest": self._build.chosen,
+            "parents": [str(parent) for parent in self.parents],
             "layers": self._build.layers,
+            "warnings": self._build.warnings,
             "files": self.summary.get("files", 0),
             "total_bytes": self.summary.get("total_bytes", 0),
             "volumes": sorted({lease.volume_id for lease in self.leases.values()}),
@@ -368,38 +397,42 @@ class Mount:
             os.unlink(self._settings.tree_path(self.mount_id))
 
     async def _start_fetcher(self, fetcher: Child, sources: list[dict[str, Any]]) -> None:
-        fds = [self._area_fd] if self._layout_fd < 0 else [self._area_fd, self._layout_fd]
         fetcher.on_notification = self._on_notification
         await self._send_hosts(fetcher, sources)
+        sources_fd = wire.memfd("sources", json.dumps(sources).encode())
+        fds = [sources_fd, self._area_fd, *([self._layout_fd] if self._layout_fd >= 0 else [])]
         reply, layers_fds = await fetcher.call(
             "start",
             _SERVE_TIMEOUT_S,
             fds,
             digest=str(self.key.digest),
-            sources=sources,
-            plain_http_hosts=list(self._settings.plain_http_hosts),
+            **self._settings.address_rules,
             threads=self._settings.fetch_threads,
             fill=self._fill or self.key.verify is not Verify.CHUNK,
             verify=str(self.key.verify),
+            variant=self.key.view.variant,
             allowance=await self._granted(),
         )
         self._proven.update(map(str, reply.pop("origins", ())))
         self.index = str(reply.pop("index", "none"))
         self.jail["fetcher"] = reply
         try:
-            await self._attach(fetcher, sources, layers_fds)
+            own = [source for source in sources if not source.get("is_parent")]
+            parents = [[source] for source in sources if source.get("is_parent")]
+            for layers_fd, origins in zip(layers_fds, [own, *parents], strict=True):
+                await self._attach(fetcher, origins, layers_fd)
         except ModelMountError as exc:  # then everything is fetched
             log.info("mount %s shares nothing: %s", self.mount_id[:8], exc)
         finally:
-            wire.close_all(layers_fds)
+            wire.close_all([sources_fd, *layers_fds])
 
-    async def _attach(self, fetcher: Child, sources: list[dict[str, Any]], layers_fds: list[int]) -> None:
+    async def _attach(self, fetcher: Child, sources: list[dict[str, Any]], layers_fd: int) -> None:
         """What the store has goes into our area, or will once our registry has shown that it has it too."""
         if self.key.domain != SHARED_DOMAIN:
             return
         origins = [Reference.parse(source["reference"]).origin for source in sources]
         fields, challenges_fds = await self._store.call(
-            "attach", _STORE_TIMEOUT_S, layers_fds, mount_id=self.mount_id, origins=origins
+            "attach", _STORE_TIMEOUT_S, [layers_fd], mount_id=self.mount_id, origins=origins
         )
         try:
             if fields.get("challenges"):
@@ -426,7 +459,8 @@ class Mount:
         if self.key.domain != SHARED_DOMAIN:
             return
         fields = {name: message[name] for name in ("digest", "size_bytes", "block") if name in message}
-        origins = [lease.reference.origin for lease in self.leases.values()] or [self.reference.origin]
+        own = [lease.reference.origin for lease in self.leases.values()] or [self.reference.origin]
+        origins = [str(message["origin"])] if message.get("origin") else own
         for patience_s in (1.0, 5.0, 0.0):
             try:
                 reply, _ = await self._store.call(
@@ -476,6 +510,7 @@ class Mount:
                 init=self._init.hex(),
                 backend=self.kept.backend,
                 read_deadline_s=self._settings.read_deadline_s,
+                recheck=self.key.verify is not Verify.CHUNK,
             )
         finally:
             channel.close()
@@ -577,13 +612,17 @@ class Mount:
         if self._fetcher is not None:
             with contextlib.suppress(ControlError):  # a new fetcher gets them when it starts
                 await self._send_hosts(self._fetcher, sources)
-                await self._fetcher.call(
-                    "credentials",
-                    5.0,
-                    sources=sources,
-                    plain_http_hosts=list(self._settings.plain_http_hosts),
-                    proven=sorted(self._proven),
-                )
+                sources_fd = wire.memfd("sources", json.dumps(sources).encode())
+                try:
+                    await self._fetcher.call(
+                        "credentials",
+                        5.0,
+                        [sources_fd],
+                        **self._settings.address_rules,
+                        proven=sorted(self._proven),
+                    )
+                finally:
+                    os.close(sources_fd)
 
     async def _send_hosts(self, fetcher: Child, sources: list[dict[str, Any]]) -> None:
         """A live mount goes on without mirrors that somebody has misspelt meanwhile."""
@@ -594,18 +633,19 @@ class Mount:
 
     def _sources(self) -> list[dict[str, Any]]:
         """One per origin that a volume names, with the credentials of the volumes that name it, the newest first: they go
-        to no other. There is more than one only where the origin is no part of the key.
+        to no other. There is more than one only where the origin is no part of the key. Then those of parents.
         """
         by_origin: dict[str, list[Lease]] = {}
         for lease in reversed(self.leases.values()):
             by_origin.setdefault(lease.reference.origin, []).append(lease)
-        return [
+        own = [
             {
                 "reference": str(leases[0].reference.with_digest(self.key.digest)),
                 "credentials": to_wire(within_limits(united(*(lease.credentials for lease in leases)))),
             }
             for leases in by_origin.values()
         ]
+        return own + parent_sources(self.reference, [lease.parents for lease in reversed(self.leases.values())])
 
     def _on_notification(self, message: wire.Message) -> None:
         if message.get("op") == "event":
@@ -654,10 +694,11 @@ async def resolve(
     credentials: Credentials,
     settings: SupervisorSettings,
     *,
+    variant: str = "",
     prove: bool = False,
 ) -> Resolved:
-    """What `reference` names now. `prove`: the fetcher serves that model already, and checks that this registry has its
-    blobs too.
+    """What `reference` names now; `variant` is which manifest is meant if that is an index. `prove`: the fetcher serves that
+    model already, and checks that this registry has its blobs too.
 
     Raises: what the registry answered, as our errors.
     """
@@ -675,8 +716,9 @@ async def resolve(
             layout_fds,
             reference=str(reference),
             credentials=to_wire(credentials),
-            plain_http_hosts=list(settings.plain_http_hosts),
+            **settings.address_rules,
             registry_timeout_s=settings.resolve_timeout_s,
+            variant=variant,
             prove=prove,
         )
     finally:
@@ -684,7 +726,7 @@ async def resolve(
     return _resolved(fields, fds)
 
 
-async def resolve_known(fetcher: Child, manifest: KeptManifest) -> Resolved:
+async def resolve_known(fetcher: Child, manifest: KeptManifest, origin: str) -> Resolved:
     """The same for a manifest that is on this node: no registry is asked. Raises: ControlError."""
     manifest_fd = wire.memfd("manifest", manifest.data)
     try:
@@ -692,19 +734,20 @@ async def resolve_known(fetcher: Child, manifest: KeptManifest) -> Resolved:
             "known",
             _STORE_TIMEOUT_S,
             [manifest_fd],
+            origin=origin,
             digest=str(manifest.digest),
             media_type=manifest.media_type,
             indexed=manifest.indexed,
         )
     finally:
         os.close(manifest_fd)
-    return _resolved(fields, fds)
+    return replace(_resolved(fields, fds), parent=manifest.parent)
 
 
 def kept_of(model: Resolved) -> KeptManifest:
     """What of it to keep."""
     data = wire.read_all(model.manifest_fd, MAX_BYTES, "manifest")
-    return KeptManifest(model.digest, model.media_type, data, model.indexed)
+    return KeptManifest(model.digest, model.media_type, data, model.indexed, model.parent)
 
 
 def _resolved(fields: dict[str, Any], fds: list[int]) -> Resolved:
@@ -714,6 +757,7 @@ def _resolved(fields: dict[str, Any], fds: list[int]) -> Resolved:
         Digest.parse(wire.field(fields, "digest", str)),
         wire.field(fields, "indexed", bool),
         str(fields.get("index_ignored", "")),
+        wire.field(fields, "parent", str) if fields.get("parent") is not None else None,
     )
 
 

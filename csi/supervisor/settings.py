@@ -17,6 +17,8 @@ class SupervisorSettings:
     state_dir: str
     data_dir: str
     plain_http_hosts: tuple[str, ...] = ()
+    allowed_registries: tuple[str, ...] = ()
+    """Which registries volumes may name: `host`, `host:port`, `*.domain`; empty for any."""
     registry_config_dir: str | None = None
     """Where `hosts.toml` files lie, in containerd's layout."""
     node_registry_config: str | None = None
@@ -26,6 +28,10 @@ class SupervisorSettings:
     """kubelet's credential provider plugins; both or neither."""
     index_keys: tuple[str, ...] = ()
     """Files with public keys whose signature makes an attached block index trusted."""
+    logins_kept_s: float = 120.0
+    """How long the node's own logins are used without looking again. Running programs for every republish would be a nuisance; a
+    guess, not measured.
+    """
     layout_roots: tuple[str, ...] = ()
     """Directories below which `oci-layout:` references may lie; none by default, as tenants write references."""
     read_ahead_kb: int = 16 * 1024
@@ -36,6 +42,8 @@ class SupervisorSettings:
     resolve_timeout_s: float = 20.0
     patience_s: float = 10.0
     """How long a publish waits for a model that must be read or checked first, before its caller hears how far it is."""
+    unwanted_s: float = 600.0
+    """After how long without a call for it the preparation of a model ends; kubelet calls every two minutes at least."""
     read_deadline_s: float = 120.0
     access_life_s: float = 24 * 3600.0
     """How long a caller that could read a model may have it while its registry cannot be asked."""
@@ -67,6 +75,14 @@ class SupervisorSettings:
     def tree_path(self, mount_id: str) -> str:
         """Where the serialised tree of a live mount lies."""
         return os.path.join(self.state_dir, "trees", mount_id)
+
+    @property
+    def address_rules(self) -> dict[str, list[str]]:
+        """What fetchers are told of the addresses they may speak to."""
+        return {
+            "plain_http_hosts": list(self.plain_http_hosts),
+            "allowed_registries": list(self.allowed_registries),
+        }
 
     @property
     def cache_dir(self) -> str:

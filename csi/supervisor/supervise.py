@@ -11,11 +11,12 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
 from csi.control import wire
-from csi.credentials import Credentials, to_wire
+from csi.credentials import NO_LOGINS, Credentials, Keyring, to_wire, within_limits
 from csi.errors import (
     ControlError,
     InvalidVolumeError,
@@ -27,7 +28,7 @@ from csi.errors import (
     RegistryUnavailableError,
     UnsupportedModelError,
 )
-from csi.keychain.plugins import CredentialPlugins
+from csi.keychain.own_logins import own_logins
 from csi.oci.digest import Digest
 from csi.oci.reference import Reference
 from csi.oci.view import View
@@ -37,6 +38,7 @@ from csi.supervisor.kept import KeptMounts
 from csi.supervisor.manifests import KeptManifests
 from csi.supervisor.mount import Lease, Mount, Resolved, kept_of, resolve, resolve_known
 from csi.supervisor.node_credentials import NodeCredentials
+from csi.supervisor.parents import NO_PARENTS, Parent, find_parents
 from csi.supervisor.settings import SupervisorSettings
 from csi.supervisor.store_link import StoreLink
 from csi.volume import SHARED_DOMAIN, Prefetch, Verify, mount_key
@@ -48,7 +50,6 @@ _CACHE_TIMEOUT_S = 3600.0  # hashing everything takes its time
 _EAGER_POLL_S = 0.2
 _FRESH_S = 60.0  # a hundred pods that start at once are one question to the registry
 _ASK_AGAIN_S = 3600.0
-_UNWANTED_S = 600.0  # kubelet asks again at least every two minutes
 
 
 class Supervisor:
@@ -64,10 +65,12 @@ class Supervisor:
             ],
             settings.spares,
         )
-        plugins = None
-        if settings.credential_provider_config and settings.credential_provider_bin_dir:
-            plugins = CredentialPlugins(settings.credential_provider_config, settings.credential_provider_bin_dir)
-        self._node_credentials = NodeCredentials(settings.node_registry_config, plugins)
+        logins = own_logins(
+            settings.node_registry_config, settings.credential_provider_config, settings.credential_provider_bin_dir
+        )
+        self._node_credentials = NodeCredentials(logins, settings.logins_kept_s)
+        self._renews_logins = bool(logins)
+        self._renewing: asyncio.Task[None] | None = None
         self._store = StoreLink(settings, self._on_store_message)
         self._mounts: dict[str, Mount] = {}
         self._access = AccessRecords(os.path.join(settings.data_dir, "access"), settings.access_life_s)
@@ -80,6 +83,8 @@ class Supervisor:
     async def start(self) -> None:
         """Find the keeper, start the store and the spare children."""
         await asyncio.gather(self._follow_keeper(), self._store.start(), self._pool.fill())
+        if self._renews_logins:
+            self._renewing = asyncio.create_task(self._renew_logins())
 
     async def cache(self, verb: str, fields: dict[str, Any]) -> list[int]:
         """What `modelmount cache` asks of the store; its answer as a memfd."""
@@ -116,10 +121,13 @@ class Supervisor:
         credentials: Credentials,
         domain: str = SHARED_DOMAIN,
         service_account: str = "",
+        keyring: Keyring = NO_LOGINS,
+        pinned_parents: Sequence[Reference] = (),
     ) -> dict[str, Any]:
         """The mount of that model, made or joined, leased for `target_path`.
 
-        `pinned` is the digest this volume was first published with; it decides over a tag.
+        `pinned` is the digest this volume was first published with, and `pinned_parents` those of what the model builds on;
+        they decide over tags. `keyring`: the volume's logins, for repositories that the model's author names.
 
         Raises: whatever keeps the model from being mounted; then the lease does not exist. OperationPendingError with
         `verify: eager` while the model is being downloaded, which goes on; the next call joins it.
@@ -127,33 +135,42 @@ class Supervisor:
         self._check_layout(reference)
         wanted = reference.with_digest(pinned) if pinned else reference
         # One at a time per reference: the first makes the mount, the others find it.
-        credentials = await self._node_credentials.after(credentials, wanted)
+        brought = credentials
+        credentials = await self._node_credentials.after(brought, wanted)
         caller = _caller(credentials, service_account)
         while True:
             async with self._lock(f"{domain} {wanted}"):
-                mount = self._find(wanted, verify, view, domain)
+                mount = self._find(wanted, verify, view, domain, pinned_parents)
                 if mount is not None and mount.failure is not None:  # it failed while nobody waited
                     await self._end(mount)
                     raise mount.failure
                 if mount is None:
-                    mount, is_asked = await self._create(wanted, verify, prefetch, view, credentials, domain, caller)
+                    mount, is_asked = await self._create(
+                        wanted, verify, prefetch, view, credentials, domain, caller, keyring, pinned_parents
+                    )
+                    parents = await self._parents_for(mount, keyring)
                     if is_asked:
                         self._access.grant(_model(mount, wanted), caller)
                     break
                 if mount.kept is not None or not mount.is_stranger(wanted):
+                    parents = await self._parents_for(mount, keyring)
                     lease = mount.leases.get(target_path)
-                    if lease is None or lease.credentials != credentials:
+                    if lease is None or (lease.credentials, lease.parents) != (credentials, parents):
                         await self._allow(mount, wanted, credentials, caller)
+                        for parent in parents:
+                            who = _parent_caller(parent.credentials, credentials, service_account)
+                            await self._allow(mount, parent.reference, parent.credentials, who)
                     break
             # What a registry has to show is known once the mount is there.
             self._want(mount)
             await mount.ready(self._settings.patience_s)
         if mount.kept is None:  # new, or made again for the leases of one that was lost
-            await self._until_ready(mount, credentials)
+            await self._until_ready(mount, credentials, parents)
         if mount.key.verify is Verify.EAGER and not mount.leases:
             await self._until_verified(mount)
         async with self._lock(f"{domain} {wanted}"):
-            await mount.add_lease(target_path, Lease(volume_id, wanted, credentials, service_account))
+            lease = Lease(volume_id, wanted, credentials, service_account, parents, brought, keyring)
+            await mount.add_lease(target_path, lease)
             if prefetch is Prefetch.FULL:
                 await mount.fill()
         for other in list(self._mounts.values()):
@@ -161,7 +178,17 @@ class Supervisor:
                 await self._end_lease(other, target_path)
         return self._describe(mount)
 
-    async def renew(self, target_path: str, credentials: Credentials) -> dict[str, Any] | None:
+    async def _parents_for(self, mount: Mount, keyring: Keyring) -> tuple[Parent, ...]:
+        """What the mount's model builds on, as whoever has these logins."""
+        return tuple([Parent(reference, await self._logins(keyring, reference)) for reference in mount.parents])
+
+    async def _logins(self, keyring: Keyring, reference: Reference) -> Credentials:
+        found = within_limits(keyring.candidates(reference.registry, reference.repository))
+        return await self._node_credentials.after(found, reference)
+
+    async def renew(
+        self, target_path: str, credentials: Credentials, keyring: Keyring = NO_LOGINS
+    ) -> dict[str, Any] | None:
         """Republish: newer credentials, nothing else. None when there is no such lease or its mount is dead.
 
         Whether they still give access is asked in the background, and a refusal is remembered in the lease: it is no
@@ -170,16 +197,32 @@ class Supervisor:
         mount = self._leased(target_path)
         if mount is None or mount.dead:
             return None
-        credentials = await self._node_credentials.after(credentials, mount.leases[target_path].reference)
+        brought = credentials
+        credentials = await self._node_credentials.after(brought, mount.leases[target_path].reference)
+        parents = await self._parents_for(mount, keyring)
         lease = mount.leases.get(target_path)
         if lease is None or mount.dead:  # gone meanwhile
             return None
-        changed = lease.credentials != credentials
-        await mount.replace_credentials(target_path, credentials)
+        lease.brought, lease.keyring = brought, keyring
+        changed = (lease.credentials, lease.parents) != (credentials, parents)
+        await mount.replace_credentials(target_path, credentials, parents)
         age_s = self._access.age_s(_model(mount, lease.reference), _caller(credentials, lease.service_account))
         if changed or lease.refused or age_s is None or age_s > _ASK_AGAIN_S:
             self._ask_in_background(mount, lease)
         return self._describe(mount)
+
+    async def _renew_logins(self) -> None:
+        """The node's own logins end, and nobody needs to republish for new ones: asked for again while mounts live, as often as
+        they are looked at anew, and given to the fetchers that have older ones.
+        """
+        while True:
+            await asyncio.sleep(self._settings.logins_kept_s)
+            for mount in list(self._mounts.values()):
+                for target_path, lease in list(mount.leases.items()):
+                    credentials = await self._node_credentials.after(lease.brought, lease.reference)
+                    parents = await self._parents_for(mount, lease.keyring)
+                    if mount.leases.get(target_path) is lease:
+                        await mount.replace_credentials(target_path, credentials, parents)
 
     async def release(self, target_path: str) -> None:
         """Give the lease back; the mount ends with its last one. No such lease: nothing to do."""
@@ -203,8 +246,9 @@ class Supervisor:
         """End every mount and child. For the one-process-tree mode and tests: in a cluster mounts outlive us."""
         for task in (*self._expiries.values(), *self._asking.values()):
             task.cancel()
-        if self._following is not None:
-            self._following.cancel()
+        for endless in (self._following, self._renewing):
+            if endless is not None:
+                endless.cancel()
         mounts, self._mounts = list(self._mounts.values()), {}
         await asyncio.gather(*(mount.close() for mount in mounts))
         await asyncio.gather(self._pool.close(), self._store.close())
@@ -242,24 +286,30 @@ class Supervisor:
 
     async def _ask(self, mount: Mount, lease: Lease) -> None:
         """Whether a live volume's credentials still give access."""
-        model, caller = _model(mount, lease.reference), _caller(lease.credentials, lease.service_account)
-        try:
-            await mount.access(lease.reference, lease.credentials)
-        except (RegistryAuthError, ModelNotFoundError) as exc:
-            self._access.revoke(model, caller)
-            if lease.refused is None:
-                mount.event("AccessRefused", str(exc))
-            lease.refused = str(exc)
-        except ModelMountError as exc:
-            log.info("%s: cannot ask whether access holds: %s", lease.reference, exc)
-        else:
+        asked = [(lease.reference, lease.credentials, _caller(lease.credentials, lease.service_account))]
+        for parent in lease.parents:
+            who = _parent_caller(parent.credentials, lease.credentials, lease.service_account)
+            asked.append((parent.reference, parent.credentials, who))
+        for reference, credentials, caller in asked:
+            model = _model(mount, reference)
+            try:
+                await mount.access(reference, credentials)
+            except (RegistryAuthError, ModelNotFoundError) as exc:
+                self._access.revoke(model, caller)
+                if lease.refused is None:
+                    mount.event("AccessRefused", str(exc))
+                lease.refused = str(exc)
+                return
+            except ModelMountError as exc:
+                log.info("%s: cannot ask whether access holds: %s", reference, exc)
+                return
             self._access.grant(model, caller)
-            lease.refused = None
+        lease.refused = None
 
-    async def _until_ready(self, mount: Mount, credentials: Credentials) -> None:
+    async def _until_ready(self, mount: Mount, credentials: Credentials, parents: tuple[Parent, ...]) -> None:
         """Raises: ModelPreparingError with progress; what keeps the model from being mounted, and then it ends."""
         self._want(mount)
-        await mount.use_first_credentials(credentials)
+        await mount.use_first_credentials(credentials, parents)
         try:
             await mount.ready(self._settings.patience_s)
         except ModelPreparingError:
@@ -296,7 +346,7 @@ class Supervisor:
         """A download that nobody asked after for long ends."""
         try:
             while not mount.leases:
-                left = mount.wanted_at + _UNWANTED_S - time.monotonic()
+                left = mount.wanted_at + self._settings.unwanted_s - time.monotonic()
                 if left <= 0:
                     await self._end(mount)
                     return
@@ -322,24 +372,46 @@ class Supervisor:
         credentials: Credentials,
         domain: str,
         caller: Caller,
+        keyring: Keyring,
+        pinned_parents: Sequence[Reference],
     ) -> tuple[Mount, bool]:
         """The mount, and whether its registry was asked for it now."""
+
+        async def ask(reference: Reference, known: Credentials) -> Resolved:
+            who = _parent_caller(known, credentials, caller.service_account)
+            parent, is_asked = await self._resolve(fetcher, reference, known, domain, who)
+            if is_asked:
+                self._access.grant(Model(domain, reference.origin, parent.digest), who)
+            return parent
+
         fetcher = await self._pool.take("fetcher")
         try:
-            model, is_asked = await self._resolve(fetcher, wanted, credentials, domain, caller)
+            model, is_asked = await self._resolve(fetcher, wanted, credentials, domain, caller, view.variant)
         except BaseException:
             fetcher.kill()
             raise
+        found = NO_PARENTS
         try:
-            if verify is Verify.CHUNK and not model.indexed:
-                fetcher.kill()
-                raise UnsupportedModelError(
-                    f"model {model.digest.short()}: has no block index, which 'verify: chunk' and 'prefetch: ondemand' "
-                    "need; push it again with 'modelmount push', or leave both out"
-                    + (f" ({model.index_ignored})" if model.index_ignored else "")
+            try:
+                found = await find_parents(
+                    wanted,
+                    model.parent,
+                    pinned_parents,
+                    lambda reference: self._logins(keyring, reference),
+                    ask,
                 )
-            promise = verify or (Verify.CHUNK if model.indexed else Verify.WHOLE)
-            key = mount_key(wanted, model.digest, promise, view, domain)
+                indexed = model.indexed and not found.parents  # an index knows one manifest's layers
+                if verify is Verify.CHUNK and not indexed:
+                    raise UnsupportedModelError(
+                        f"model {model.digest.short()}: has no block index, which 'verify: chunk' and 'prefetch: ondemand' "
+                        "need; push it again with 'modelmount push', or leave both out"
+                        + (f" ({model.index_ignored})" if model.index_ignored else "")
+                    )
+            except BaseException:
+                fetcher.kill()
+                raise
+            promise = verify or (Verify.CHUNK if indexed else Verify.WHOLE)
+            key = mount_key(wanted, model.digest, promise, view, domain, found.places())
             async with self._lock(key.mount_id):
                 held = self._mounts.get(key.mount_id)
                 if (
@@ -352,16 +424,23 @@ class Supervisor:
                 if held is not None:
                     await held.close()
                 mount = Mount(key, wanted, self._keeper, self._pool, self._store, self._settings, self._manifests)
-                mount.prepare(fetcher, model, credentials, prefetch)
+                mount.prepare(fetcher, model, credentials, prefetch, found)
                 if held is not None:
                     mount.leases.update(held.leases)
                 self._mounts[key.mount_id] = mount
                 return mount, is_asked
         finally:
+            found.close()
             os.close(model.manifest_fd)
 
     async def _resolve(
-        self, fetcher: Child, wanted: Reference, credentials: Credentials, domain: str, caller: Caller
+        self,
+        fetcher: Child,
+        wanted: Reference,
+        credentials: Credentials,
+        domain: str,
+        caller: Caller,
+        variant: str = "",
     ) -> tuple[Resolved, bool]:
         """What the reference names, and whether its registry said so now. A digest whose manifest is kept
         here needs no registry for a caller who could read it within the last minute, nor, while its registry is down, for one
@@ -370,23 +449,23 @@ class Supervisor:
         Raises: what the registry answered.
         """
         kept = model = None
-        if wanted.digest is not None and (kept := self._manifests.get(domain, wanted.digest)) is not None:
+        if wanted.digest is not None and (kept := self._manifests.get(domain, wanted.digest, variant)) is not None:
             model = Model(domain, wanted.origin, wanted.digest)
         age_s = self._access.age_s(model, caller) if model is not None else None
         if kept is not None and age_s is not None and age_s < _FRESH_S:
-            return await resolve_known(fetcher, kept), False
+            return await resolve_known(fetcher, kept, wanted.origin), False
         try:
-            found = await resolve(fetcher, wanted, credentials, self._settings)
+            found = await resolve(fetcher, wanted, credentials, self._settings, variant=variant)
         except RegistryUnavailableError as exc:
             if kept is None or age_s is None:
                 raise
             log.warning("%s: %s; this caller could read it %.0f minutes ago, so it may", wanted, exc, age_s / 60)
-            return await resolve_known(fetcher, kept), False
+            return await resolve_known(fetcher, kept, wanted.origin), False
         except (RegistryAuthError, ModelNotFoundError):
             if model is not None:
                 self._access.revoke(model, caller)
             raise
-        self._manifests.keep(domain, kept_of(found))
+        self._manifests.keep(domain, kept_of(found), variant)
         return found, True
 
     async def _end_lease(self, mount: Mount, target_path: str) -> None:
@@ -394,11 +473,15 @@ class Supervisor:
         if not mount.leases:
             await self._end(mount)
 
-    def _find(self, wanted: Reference, verify: Verify | None, view: View, domain: str) -> Mount | None:
+    def _find(
+        self, wanted: Reference, verify: Verify | None, view: View, domain: str, parents: Sequence[Reference]
+    ) -> Mount | None:
+        """None also for a model that builds on others, until its volume is pinned to theirs."""
         if wanted.digest is None:
             return None
+        places = tuple(Parent(parent).place for parent in parents)
         for wish in (verify,) if verify else (Verify.CHUNK, Verify.WHOLE):
-            mount = self._mounts.get(mount_key(wanted, wanted.digest, wish, view, domain).mount_id)
+            mount = self._mounts.get(mount_key(wanted, wanted.digest, wish, view, domain, places).mount_id)
             # Nobody gets `whole` by joining one when the model would give more.
             if mount is not None and not mount.dead and (verify or wish is Verify.CHUNK or not mount.indexed):
                 return mount
@@ -434,6 +517,7 @@ class Supervisor:
             "device": mount.kept.device,
             "can_resend": mount.kept.can_resend,
             "verify": str(mount.key.verify),
+            "parents": [str(parent) for parent in mount.parents],
             **mount.summary,
         }
 
@@ -442,5 +526,13 @@ def _caller(credentials: Credentials, service_account: str) -> Caller:
     return Caller(json.dumps(to_wire(credentials)) if credentials else "", service_account)
 
 
+def _parent_caller(known: Credentials, credentials: Credentials, service_account: str) -> Caller:
+    """Who asks for a parent with `known`. Kubelet vouched for the service account where its token opens the parent too."""
+    return _caller(known, service_account if known == credentials else "")
+
+
 def _model(mount: Mount, reference: Reference) -> Model:
-    return Model(mount.key.domain, reference.origin, mount.key.digest)
+    """The mounted model, or the parent of it that `reference` is."""
+    digest = reference.digest if reference in mount.parents else mount.key.digest
+    assert digest is not None
+    return Model(mount.key.domain, reference.origin, digest)

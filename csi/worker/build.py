@@ -20,6 +20,7 @@ from csi.oci.archive.layer_index import Access, LayerIndex
 from csi.oci.archive.member import Member
 from csi.oci.digest import Digest
 from csi.oci.formats import index as variants
+from csi.oci.formats import kitops
 from csi.oci.formats.detect import MAX_CONFIG_BYTES, needs_config, plan_of
 from csi.oci.formats.plan import LayerPlan, ModelPlan, Packing
 from csi.oci.manifest import Manifest, parse
@@ -33,6 +34,7 @@ from csi.worker.layers import LayerFacts, LayerScanner, load_index
 log = logging.getLogger(__name__)
 
 _MODES = {Access.DIRECT: "streamed", Access.POINTS: "indexed", Access.SPOOL: "spooled"}
+_MAX_WARNINGS, _MAX_WARNING_LENGTH = 20, 300
 _WORKING = {Packing.TAR: "streamed", Packing.TAR_GZIP: "indexing", Packing.TAR_ZSTD: "spooling"}
 
 
@@ -51,6 +53,8 @@ class BuildRequest:
     manifest: SentManifest
     view: View
     verify: Verify
+    parents: tuple[tuple[str, SentManifest], ...] = ()
+    """What the model builds on, the nearest first: origin (empty for the model's own) and manifest."""
 
 
 @dataclass(slots=True)
@@ -78,6 +82,8 @@ class Build:
         """The digest of a manifest of the same repository that `provide` is to bring."""
         self.chosen: str | None = None
         """The digest of the manifest that was picked from an index."""
+        self.warnings: list[str] = []
+        """For people: what was left out or looks odd."""
         self.tree: bytes | None = None
         self.error: ModelMountError | None = None
 
@@ -116,63 +122,92 @@ class Build:
             self._wake()
 
     def _build(self) -> bytes:
-        plan = self._plan(self._chosen(self._request.manifest))
-        plan = replace(plan, layers=tuple(self._settled(layer) for layer in plan.layers))
+        _, manifest = variants.chosen(self._request.manifest, self._request.view.variant, self._need_chosen)
+        plan = self._whole_plan(manifest)
+        if self._request.verify is Verify.WHOLE:  # by small ranges, which are looked at again once the blob is verified
+            plan = self._settled_plan(plan, {})
+            blobs = self._fetched(plan)
+        else:
+            blobs = self._fetched(plan)
+            plan = self._settled_plan(plan, blobs)
         members: dict[int, Iterable[Member]] = {}
         decoded_bytes: dict[int, int] = {}
-        for position, found in self._indexes(plan).items():
+        for position, found in self._indexes(plan, blobs).items():
             members[position] = found.members
             if plan.layers[position].packing is not Packing.TAR:
                 decoded_bytes[position] = found.decoded_bytes
-        content = assemble(plan, members, decoded_bytes=decoded_bytes, view=self._request.view, warn=log.warning)
+        content = assemble(plan, members, decoded_bytes=decoded_bytes, view=self._request.view, warn=self._warn)
         return file_format.dump(content)
 
-    def _chosen(self, sent: SentManifest) -> Manifest:
-        """The manifest, or the one that its index and the view's selector lead to."""
-        platform = variants.platform_of(os.uname().sysname, os.uname().machine)
-        for depth in range(variants.MAX_DEPTH + 1):
-            parsed = parse(sent.data, sent.media_type)
-            if isinstance(parsed, Manifest):
-                if self._request.view.variant and not depth:
-                    raise UnsupportedModelError("manifest: a single model, not an index; leave out 'variant'")
-                return parsed
-            entry = variants.pick(parsed, self._request.view.variant if not depth else "", platform)
-            self.chosen = str(entry.descriptor.digest)
-            sent = self._need(self.chosen)
-        raise UnsupportedModelError(
-            f"more than {variants.MAX_DEPTH} indexes lie in each other; name the model by digest"
-        )
-
-    def _need(self, digest: str) -> SentManifest:
-        self.needs = digest
+    def _need_chosen(self, digest: Digest) -> SentManifest:
+        self.chosen = self.needs = str(digest)
         self._wake()
         sent = self._manifests.get()
         if sent is None:
             raise ControlError("the preparation of the model was ended")
         return sent
 
-    def _plan(self, manifest: Manifest) -> ModelPlan:
+    def _whole_plan(self, manifest: Manifest) -> ModelPlan:
+        """With everything that the model inherits."""
+        plan = self._plan(manifest)
+        for origin, sent in self._request.parents:
+            if plan.parent is None:
+                raise ControlError("worker: a parent was given of a model that builds on none")
+            parent = parse(sent.data, sent.media_type)
+            if not isinstance(parent, Manifest):
+                raise UnsupportedModelError(
+                    f"parent kit {plan.parent}: is an index; the kit must name one manifest of it"
+                )
+            plan = kitops.with_parent(plan, self._plan(parent, origin), origin)
+        if plan.parent is not None:
+            raise ControlError(f"worker: the kit builds on {plan.parent}, whose manifest was not given")
+        return plan
+
+    def _plan(self, manifest: Manifest, origin: str = "") -> ModelPlan:
         config = None
         if needs_config(manifest):
             if manifest.config.size_bytes > MAX_CONFIG_BYTES:
                 raise UnsupportedModelError(f"config: {manifest.config.size_bytes} bytes, limit {MAX_CONFIG_BYTES}")
-            config = self._channel.read_whole(manifest.config)
-        plan = plan_of(manifest, config)
-        if plan.parent is not None:
-            raise UnsupportedModelError(
-                f"the kit builds on {plan.parent[:200]!r}, and parents are not read by this version; pack the whole model "
-                "into one kit"
-            )
-        return plan
+            config = self._channel.read_whole(manifest.config, origin)
+        return plan_of(manifest, config)
 
-    def _settled(self, layer: LayerPlan) -> LayerPlan:
+    def _warn(self, text: str) -> None:
+        log.warning("%s", text)
+        if len(self.warnings) < _MAX_WARNINGS:
+            self.warnings.append(text[:_MAX_WARNING_LENGTH])
+
+    def _fetched(self, plan: ModelPlan) -> Mapping[Digest, int]:
+        """Begin to fetch the layers that are read through the cache, where bytes are verified first; by digest, their place
+        among what is fetched. A layer that is listed twice is read once.
+        """
+        by_ranges = self._request.verify is Verify.WHOLE
+        wanted: dict[Digest, LayerPlan] = {}
+        for layer in plan.layers:
+            if not layer.packing.is_archive or (by_ranges and layer.packing is Packing.TAR):
+                continue
+            kept = load_index(self._area_fd, layer.descriptor)
+            if kept is None or (kept.access is Access.FILE and not layer.maybe_file):
+                wanted.setdefault(layer.descriptor.digest, layer)
+        if wanted:
+            self._channel.fetch([(layer.descriptor, layer.origin) for layer in wanted.values()])
+        return {digest: position for position, digest in enumerate(wanted)}
+
+    def _settled_plan(self, plan: ModelPlan, blobs: Mapping[Digest, int]) -> ModelPlan:
+        return replace(plan, layers=tuple(self._settled(layer, blobs) for layer in plan.layers))
+
+    def _settled(self, layer: LayerPlan, blobs: Mapping[Digest, int]) -> LayerPlan:
         if not layer.maybe_file:
             return layer
-        facts = LayerFacts(layer.descriptor, layer.packing, -1, f"layer {layer.descriptor.digest.short()}")
-        return layer.settle(self._scanner.first_member(facts))
+        facts = _facts(layer, blobs)
+        kept = load_index(self._area_fd, layer.descriptor)
+        first = kept.members if kept is not None else self._scanner.first_member(facts)
+        settled = layer.settle(first[0].path if len(first) else None)
+        if kept is None and settled.packing is Packing.RAW:
+            self._scanner.settle_file(facts, first)
+        return settled
 
-    def _indexes(self, plan: ModelPlan) -> Mapping[int, LayerIndex]:
-        """By layer position. A layer that is listed twice is read once."""
+    def _indexes(self, plan: ModelPlan, blobs: Mapping[Digest, int]) -> Mapping[int, LayerIndex]:
+        """By layer position."""
         found: dict[Digest, LayerIndex] = {}
         missing: dict[Digest, LayerPlan] = {}
         for position in plan.archives:
@@ -182,23 +217,21 @@ class Build:
                 continue
             kept = load_index(self._area_fd, layer.descriptor)
             self.layers[digest] = progress = LayerProgress(layer.descriptor.size_bytes, _WORKING[layer.packing])
-            if kept is not None:
+            if kept is not None and kept.access is not Access.FILE:
                 found[digest] = kept
                 progress.done_bytes, progress.mode = progress.size_bytes, _MODES[kept.access]
             else:
                 missing[digest] = layer
-        # Without block hashes the ranges with a tar's headers are checked later, when the whole blob is known to be right.
-        by_ranges = self._request.verify is Verify.WHOLE
-        whole = [layer for layer in missing.values() if layer.packing is not Packing.TAR or not by_ranges]
-        if whole:
-            self._channel.fetch([layer.descriptor for layer in whole])
         self.started_at = time.monotonic()
         for digest, layer in missing.items():
-            blob = whole.index(layer) if layer in whole else -1
-            facts = LayerFacts(layer.descriptor, layer.packing, blob, f"layer {digest.short()}")
-            found[digest] = self._scanner.scan(facts)
+            found[digest] = self._scanner.scan(_facts(layer, blobs))
             self.layers[digest].mode = _MODES[found[digest].access]
         return {position: found[plan.layers[position].descriptor.digest] for position in plan.archives}
 
     def _on_bytes(self, layer: LayerFacts, done: int) -> None:
         self.layers[layer.descriptor.digest].done_bytes = done
+
+
+def _facts(layer: LayerPlan, blobs: Mapping[Digest, int]) -> LayerFacts:
+    digest = layer.descriptor.digest
+    return LayerFacts(layer.descriptor, layer.packing, blobs.get(digest, -1), f"layer {digest.short()}", layer.origin)

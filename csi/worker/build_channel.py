@@ -34,17 +34,19 @@ class BuildChannel:
         self._closed = False
         threading.Thread(target=self._receive, daemon=True, name="build-channel").start()
 
-    def read_range(self, blob: Descriptor, offset: int, length: int) -> bytes:
-        """Unverified bytes. Raises: what the registry answered."""
-        return self._bytes(self._call("range", **_named(blob), offset=offset, length=length))
+    def read_range(self, blob: Descriptor, offset: int, length: int, origin: str = "") -> bytes:
+        """Unverified bytes; `origin` as in `LayerPlan`. Raises: what the registry answered."""
+        return self._bytes(self._call("range", **_named(blob, origin), offset=offset, length=length))
 
-    def read_whole(self, blob: Descriptor) -> bytes:
+    def read_whole(self, blob: Descriptor, origin: str = "") -> bytes:
         """A small blob, verified. Raises: what the registry answered, DigestMismatchError."""
-        return self._bytes(self._call("whole", **_named(blob)))
+        return self._bytes(self._call("whole", **_named(blob, origin)))
 
-    def fetch(self, blobs: Sequence[Descriptor]) -> None:
-        """Once: these will be read block by block, in that order; the other calls name them by their position."""
-        specs = [[str(blob.digest), blob.size_bytes] for blob in blobs]
+    def fetch(self, blobs: Sequence[tuple[Descriptor, str]]) -> None:
+        """Once: these, each with its origin, will be read block by block, in that order; the other calls name them by their
+        position.
+        """
+        specs = [[str(blob.digest), blob.size_bytes, origin] for blob, origin in blobs]
         specs_fd = wire.memfd("blobs", json.dumps(specs).encode())
         try:
             self._call("fetch", [specs_fd])
@@ -68,6 +70,10 @@ class BuildChannel:
         """An empty file in the cache, to be written; the caller closes it."""
         _, fds = self._call("spool", **_named(blob))
         return wire.exactly(fds, 1)[0]
+
+    def take_room(self, size_bytes: int) -> None:
+        """Before so much of a spool is written. Raises: CacheError when the cache has no room for it."""
+        self._call("room", size_bytes=size_bytes)
 
     def keep_index(self, blob: Descriptor, index: bytes, *, spooled: bool) -> None:
         """Keep what was found out about a layer, and its spool."""
@@ -131,5 +137,5 @@ class BuildChannel:
             os.close(data_fd)
 
 
-def _named(blob: Descriptor) -> dict[str, Any]:
-    return {"digest": str(blob.digest), "size": blob.size_bytes}
+def _named(blob: Descriptor, origin: str = "") -> dict[str, Any]:
+    return {"digest": str(blob.digest), "size": blob.size_bytes, "origin": origin}

@@ -7,6 +7,7 @@ its spool like any file.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 from collections import OrderedDict
@@ -18,11 +19,13 @@ import trio
 from csi.errors import CacheError, ModelMountError
 from csi.oci.archive import gzip, points, zstd
 from csi.oci.archive.layer_index import Access, LayerIndex
-from csi.oci.archive.points import Unit
+from csi.oci.archive.points import Decoder, Unit
+from csi.oci.archive.table import MemberTable
 from csi.oci.descriptor import Descriptor
+from csi.stream import blocks
 from csi.tree.file_format import Tree
 from csi.tree.model import Encoding, Entry
-from csi.worker.layers import load_index, open_spool
+from csi.worker.layers import load_index, open_spool, points_of
 from csi.worker.reader import CachedReader
 
 _KEPT_BYTES = 96 * 1024 * 1024
@@ -32,6 +35,14 @@ _DECODE_UNIT: dict[Encoding, Callable[[Unit, bytes, str], bytearray]] = {
     Encoding.GZIP: gzip.decode_unit,
     Encoding.ZSTD: zstd.decode_unit,
 }
+
+
+_DECODERS: dict[Encoding, Callable[[str], Decoder]] = {
+    Encoding.GZIP: gzip.GzipDecoder,
+    Encoding.ZSTD: zstd.ZstdDecoder,
+}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -120,21 +131,45 @@ class DecodingReader:
     async def _open(self, blob: int) -> _Layer:
         async with self._opening:
             if blob not in self._layers:
-                self._layers[blob] = await trio.to_thread.run_sync(self._load, blob)
+                layer = await trio.to_thread.run_sync(self._load, blob)
+                self._layers[blob] = layer if layer is not None else await self._rebuilt(blob)
             return self._layers[blob]
 
-    def _load(self, blob: int) -> _Layer:
-        """Raises: CacheError when the layer's index is gone: only another publish makes it anew."""
+    async def _rebuilt(self, blob: int) -> _Layer:
+        """The index is gone: made anew from the whole layer, in memory, as this process may write nothing.
+
+        Raises: CacheError for a layer that needs a spool: only another publish makes that.
+        """
+        spec = self._tree.blobs[blob]
+        what = f"layer {spec.digest.short()}"
+        log.warning("%s: its index is missing from the cache or damaged; the layer is read once more", what)
+        decoder = _DECODERS[spec.encoding](what)
+        for at in range(0, spec.size_bytes, blocks.BLOCK_BYTES):
+            piece = await self._cached.read_stored(blob, at, min(blocks.BLOCK_BYTES, spec.size_bytes - at))
+            await trio.to_thread.run_sync(decoder.feed, memoryview(piece), _ignore, limiter=self._limit)
+        decoder.finish()
+        points = points_of(decoder)
+        if points is None or decoder.decoded_bytes != spec.decoded_bytes:
+            raise CacheError(
+                f"{what}: its decoded copy is missing from the cache or damaged; unpublish the volume and publish it again"
+            )
+        index = LayerIndex(Access.POINTS, spec.size_bytes, decoder.decoded_bytes, MemberTable(), points)
+        return _Layer(blob, spec.encoding, index, -1)
+
+    def _load(self, blob: int) -> _Layer | None:
+        """None when the layer's index is gone."""
         spec = self._tree.blobs[blob]
         descriptor = Descriptor("", spec.digest, spec.size_bytes)
         index = load_index(self._area_fd, descriptor)
-        if index is None or index.access is Access.DIRECT or index.decoded_bytes != spec.decoded_bytes:
-            raise CacheError(
-                f"layer {spec.digest.short()}: its index is missing from the cache or damaged; unpublish the volume and "
-                "publish it again"
-            )
+        usable = index is not None and index.access in (Access.POINTS, Access.SPOOL)
+        if index is None or not usable or index.decoded_bytes != spec.decoded_bytes:
+            return None
         spool_fd = open_spool(self._area_fd, descriptor) if index.access is Access.SPOOL else -1
         return _Layer(blob, spec.encoding, index, spool_fd)
+
+
+def _ignore(data: memoryview) -> None:
+    """Only the places to start at are wanted."""
 
 
 def _read_spool(fd: int, start: int, length: int) -> memoryview:

@@ -22,7 +22,8 @@ from csi.errors import CacheError, ContentError
 from csi.oci.archive import layer_index, tar
 from csi.oci.archive.gzip import GzipDecoder
 from csi.oci.archive.layer_index import Access, LayerIndex
-from csi.oci.archive.points import MAX_UNIT_BYTES, Decoder, check_ratio
+from csi.oci.archive.member import Member, MemberKind
+from csi.oci.archive.points import MAX_UNIT_BYTES, AccessPoint, Decoder, check_ratio
 from csi.oci.archive.stream import TarStream
 from csi.oci.archive.table import MemberTable
 from csi.oci.archive.zstd import ZstdDecoder
@@ -31,9 +32,11 @@ from csi.oci.formats.plan import Packing
 from csi.stream import blocks
 from csi.worker.build_channel import BuildChannel
 
-_FIRST_WINDOW_BYTES = 64 * 1024
+FIRST_BYTES = 64 * 1024
+"""What is read first of an archive, and all that is looked at to tell one from a file."""
 _LARGEST_WINDOW_BYTES = 1024 * 1024
 _AHEAD_BLOCKS = 8
+_SPOOL_STEP_BYTES = 32 * 1024 * 1024
 _DECODERS: dict[Packing, Callable[[str], Decoder]] = {Packing.TAR_GZIP: GzipDecoder, Packing.TAR_ZSTD: ZstdDecoder}
 
 
@@ -47,6 +50,7 @@ class LayerFacts:
     packing: Packing
     blob: int
     what: str
+    origin: str = ""
 
 
 class LayerScanner:
@@ -54,6 +58,12 @@ class LayerScanner:
 
     def __init__(self, area_fd: int, channel: BuildChannel, on_bytes: Callable[[LayerFacts, int], None]) -> None:
         self._area_fd, self._channel, self._on_bytes = area_fd, channel, on_bytes
+
+    def settle_file(self, layer: LayerFacts, found: MemberTable) -> None:
+        """Keep what was taken for the first member of a layer that is a file, to look at again once it is verified."""
+        size = layer.descriptor.size_bytes
+        kept = LayerIndex(Access.FILE, size, size, found)
+        self._channel.keep_index(layer.descriptor, layer_index.dump(kept), spooled=False)
 
     def scan(self, layer: LayerFacts) -> LayerIndex:
         """The layer's index, kept from now on. Raises: what `tar.scan`, the decoders and the registry raise."""
@@ -63,20 +73,15 @@ class LayerScanner:
         self._on_bytes(layer, layer.descriptor.size_bytes)
         return found
 
-    def first_member(self, layer: LayerFacts) -> str | None:
-        """The name of the first member, from the first bytes of the blob; None when they are no archive."""
-        prefix = self._channel.read_range(layer.descriptor, 0, min(_FIRST_WINDOW_BYTES, layer.descriptor.size_bytes))
-        table = MemberTable()
-        plain = bytearray()
-        try:
-            if decoder_class := _DECODERS.get(layer.packing):
-                decoder_class(layer.what).feed(prefix, plain.extend)
-            else:
-                plain += prefix
-            tar.drive(tar.scan(layer.what, table), lambda offset, length: bytes(plain[offset : offset + length]))
-        except ContentError:
-            pass  # cut off after the prefix, or no archive at all
-        return table[0].path if len(table) else None
+    def first_member(self, layer: LayerFacts) -> MemberTable:
+        """The name of the first member, from the first bytes of the blob; empty when they are no archive. Only of a layer that
+        is fetched (`blob` is not -1) are they verified.
+        """
+        length = min(FIRST_BYTES, layer.descriptor.size_bytes)
+        if not length:
+            return MemberTable()
+        read = self._read_blocks(layer) if layer.blob >= 0 else self._read_range(layer)
+        return first_member_in(read(0, length), layer.packing, layer.what)
 
     def _scan_tar(self, layer: LayerFacts) -> LayerIndex:
         size = layer.descriptor.size_bytes
@@ -94,7 +99,7 @@ class LayerScanner:
         return LayerIndex(Access.DIRECT, size, size, members)
 
     def _read_range(self, layer: LayerFacts) -> Callable[[int, int], bytes]:
-        return lambda offset, length: self._channel.read_range(layer.descriptor, offset, length)
+        return lambda offset, length: self._channel.read_range(layer.descriptor, offset, length, layer.origin)
 
     def _read_blocks(self, layer: LayerFacts) -> Callable[[int, int], bytes]:
         """Through the cache, where a block is only after it was verified."""
@@ -131,10 +136,18 @@ class LayerScanner:
         size = layer.descriptor.size_bytes
         stream = TarStream(layer.what)
 
+        room_bytes = 0
+
         def sink(data: memoryview) -> None:
+            nonlocal room_bytes
             check_ratio(decoder.decoded_bytes, size, layer.what)
             stream.feed(data)
             if spool_fd is not None:
+                if room_bytes < len(data):
+                    wanted = max(len(data), _SPOOL_STEP_BYTES)
+                    self._channel.take_room(wanted)
+                    room_bytes += wanted
+                room_bytes -= len(data)
                 _write_all(spool_fd, data)
 
         for data in self._whole_blob(layer):
@@ -146,10 +159,8 @@ class LayerScanner:
         members = stream.finish()
         if spool_fd is not None:
             return LayerIndex(Access.SPOOL, size, decoder.decoded_bytes, members)
-        points = [point for point in decoder.points if point.decoded < decoder.decoded_bytes]
-        if any(b.decoded - a.decoded > MAX_UNIT_BYTES for a, b in pairwise(points)):
-            return None
-        return LayerIndex(Access.POINTS, size, decoder.decoded_bytes, members, points)
+        points = points_of(decoder)
+        return None if points is None else LayerIndex(Access.POINTS, size, decoder.decoded_bytes, members, points)
 
     def _whole_blob(self, layer: LayerFacts) -> Iterator[memoryview]:
         size = layer.descriptor.size_bytes
@@ -170,23 +181,48 @@ class LayerScanner:
             reader.close()
 
 
+def first_member_in(prefix: bytes, packing: Packing, what: str) -> MemberTable:
+    """Of the first bytes of a blob; empty when they are no archive of that packing."""
+    table = MemberTable()
+    plain = bytearray()
+    try:
+        if decoder_class := _DECODERS.get(packing):
+            decoder_class(what).feed(prefix, plain.extend)
+        else:
+            plain += prefix
+        tar.drive(tar.scan(what, table), lambda offset, length: bytes(plain[offset : offset + length]))
+    except ContentError:
+        pass  # cut off after the prefix, or no archive at all
+    first = MemberTable()
+    if len(table):
+        first.append(Member(table[0].path, MemberKind.FILE, 0, 0))
+    return first
+
+
 class _Window:
     """Reads ahead a little, more where headers lie close together: a registry answers 64 KiB and 1 MiB alike."""
 
     def __init__(self, read: Callable[[int, int], bytes], size_bytes: int) -> None:
         self._read, self._size = read, size_bytes
         self._start, self._data = 0, b""
-        self._length = _FIRST_WINDOW_BYTES
+        self._length = FIRST_BYTES
 
     def read(self, offset: int, length: int) -> memoryview:
         at = offset - self._start
         if not (at >= 0 and at + length <= len(self._data)):
             near = 0 <= at < 2 * self._length and self._data
-            self._length = min(self._length * 2, _LARGEST_WINDOW_BYTES) if near else _FIRST_WINDOW_BYTES
+            self._length = min(self._length * 2, _LARGEST_WINDOW_BYTES) if near else FIRST_BYTES
             self._start = offset
             self._data = self._read(offset, min(max(length, self._length), self._size - offset))
             at = 0
         return memoryview(self._data)[at : at + length]
+
+
+def points_of(decoder: Decoder) -> list[AccessPoint] | None:
+    """Where decoding can start, of a decoder that has finished; None where too much would have to be decoded each time."""
+    points = [point for point in decoder.points if point.decoded < decoder.decoded_bytes]
+    ends = [*(point.decoded for point in points), decoder.decoded_bytes]
+    return None if any(end - start > MAX_UNIT_BYTES for start, end in pairwise(ends)) else points
 
 
 def open_complete(area_fd: int, descriptor: Descriptor) -> BlobReader | None:

@@ -1,6 +1,6 @@
 """`modelmount worker`: started by the supervisor with one socket; everything else arrives over that socket.
 
-    build    a manifest, the mount's cache area, a channel to the fetcher: work begins (see `csi.worker.build`)
+    build    a manifest (and those of its parents), the mount's cache area, a channel to the fetcher: work begins (see `csi.worker.build`)
     built    how far that is: a serialised tree, an error, a manifest that is needed, or progress after a while
     provide  that manifest
     serve    a kept /dev/fuse connection, a tree, the mount's cache area, a channel to the fetcher; answered when
@@ -131,7 +131,8 @@ class Worker:
                 raise ControlError(f"worker: unknown operation {other!r}")
 
     def _start_build(self, request: wire.Message, fds: list[int]) -> None:
-        manifest_fd, area_fd, channel_fd = wire.exactly(fds, 3)
+        parents = request.get("parents", [])
+        manifest_fd, area_fd, channel_fd, *parent_fds = wire.exactly(fds, 3 + len(parents))
         if self._build is not None:
             wire.close_all(fds)
             raise ControlError("worker: a model is being built already")
@@ -146,6 +147,10 @@ class Worker:
                 _read_manifest(request, manifest_fd),
                 View.parse(wire.field(request, "view", dict)),
                 Verify(wire.field(request, "verify", str)),
+                tuple(
+                    (wire.field(parent, "origin", str), _read_manifest(parent, fd))
+                    for parent, fd in zip(parents, parent_fds, strict=True)
+                ),
             ),
             BuildChannel(socket.socket(fileno=channel_fd)),
             area_fd,
@@ -203,7 +208,8 @@ class Worker:
         backend = self._backend = backend_class(Namespace(tree), content)
         self._attach_fetcher(channel_fd)
         assert self._nursery is not None
-        self._nursery.start_soon(recheck_headers, tree, area_fd, self._distrust)
+        if request.get("recheck"):
+            self._nursery.start_soon(recheck_headers, tree, area_fd, self._distrust)
         self._nursery.start_soon(
             self._serve_connection,
             backend,
@@ -230,7 +236,7 @@ class Worker:
         assert self._tree is not None
         assert self._reader is not None
         assert self._nursery is not None
-        specs = [[str(blob.digest), blob.size_bytes] for blob in self._tree.blobs]
+        specs = [[str(blob.digest), blob.size_bytes, blob.origin] for blob in self._tree.blobs]
         specs_fd = wire.memfd("blobs", json.dumps(specs).encode())
         try:
             wire.send(channel, {"op": "blobs"}, [specs_fd])
@@ -326,6 +332,7 @@ def _report(build: Build) -> dict[str, Any]:
         "size_bytes": sum(layer.size_bytes for layer in build.layers.values()),
         "seconds": time.monotonic() - build.started_at,
         "chosen": build.chosen,
+        "warnings": build.warnings,
     }
 
 

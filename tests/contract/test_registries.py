@@ -5,15 +5,20 @@ one (TLS, addresses that expire, a rate limit).
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from formats.artifacts import EMPTY, Layer, artifact
+from formats.places import push
 from registry_process import RegistryProcess
 from support.registry_servers import (
     ROOT,
@@ -296,3 +301,33 @@ def test_tokens_of_a_real_token_service(guarded: tuple[str, TokenIssuer], pushed
         assert read(source, 0, 10) == CONTENT[:10]
     finally:
         source.close()
+
+
+@pytest.mark.parametrize(
+    ("registry", "has_referrers"), [("docker_registry", False), ("distribution", False), ("with_referrers", True)]
+)
+def test_which_registries_have_the_referrers_endpoint(
+    registry: str, has_referrers: bool, request: pytest.FixtureRequest, pushed: Callable[..., None]
+) -> None:
+    """What hangs on a model is listed there, or must be looked for under a tag: clients need both ways."""
+    found = request.getfixturevalue(registry)
+    host = found if isinstance(found, str) else found.host
+    pushed(host)
+    source = Place(host).open()
+    model = source.fetch_manifest("v1", None, 10.0)
+    source.close()
+    attached = artifact(EMPTY, [Layer("application/x-report", b"report")], {}, artifact_type="application/x-report")
+    subject = {"mediaType": model.media_type, "digest": str(model.digest), "size": len(model.data)}
+    attached.manifest["subject"] = subject
+    push(attached, host, "team/model", "report")
+    url = f"http://{host}/v2/team/model/referrers/{model.digest}"
+    if not has_referrers:
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(url, timeout=10)
+        assert caught.value.code == 404
+        caught.value.close()
+        return
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        listed = json.load(answer)
+    assert listed["mediaType"] == "application/vnd.oci.image.index.v1+json"
+    assert [entry["digest"] for entry in listed["manifests"]] == [attached.digest]

@@ -11,6 +11,7 @@ import grpc
 import pytest
 from fakes.kube_api import FakeKubeApi, Refusal
 from fakes.registry import FakeRegistry, Fault
+from formats import artifacts
 from support.controller_process import ControllerProcess, capability, create_request
 from support.node_process import COMMAND
 
@@ -314,3 +315,23 @@ def test_outside_a_cluster_it_says_what_to_name() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
     assert "--kubeconfig" in done.stderr
+
+
+def test_an_index_is_pinned_as_it_is_and_a_variant_says_how_large_the_model_is(
+    controller: ControllerProcess, fake_registry: FakeRegistry
+) -> None:
+    found = artifacts.quantizations()
+    children = {}
+    for child in found.children:
+        for digest, data in child.blobs.items():
+            fake_registry.blobs[digest] = data
+        children[child.digest] = fake_registry.add_manifest("team/index", child.digest, child.data, child.media_type)
+    fake_registry.add_manifest("team/index", "prod", found.data, found.media_type)
+    parameters = {"reference": f"{fake_registry.host}/team/index:prod", "variant": "quantization=q8"}
+    volume = controller.create(name_of(), parameters, required_bytes=1)
+    assert volume.volume_context["reference"] == f"{fake_registry.host}/team/index:prod@{found.digest}"
+    assert volume.volume_context["variant"] == "quantization=q8"
+    assert volume.capacity_bytes == len(artifacts.body("q8.gguf"))
+    error = refusal(lambda: controller.create(name_of(), {"reference": parameters["reference"]}))
+    assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert "org.example.quantization=q4" in error.details()

@@ -81,9 +81,9 @@ class FakeRegistry:
         self.faults: list[Fault] = []
         self.seen: list[Seen] = []
         self.digest_header: str | None = None
-        self._expected = None
+        self._expected: str | None = None
         if username is not None:
-            self._expected = "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
+            self.expect(username, str(password))
         self._lock = threading.Lock()
         registry = self
 
@@ -167,6 +167,10 @@ class FakeRegistry:
         self.blobs |= other.blobs
         self.blob_readers |= other.blob_readers
         self.manifests |= other.manifests
+
+    def expect(self, username: str, password: str) -> None:
+        """This login and no other, from now on."""
+        self._expected = "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
 
     def requests(self, part: str) -> list[Seen]:
         """Those whose path contains `part`."""

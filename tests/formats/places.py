@@ -4,6 +4,7 @@ nothing of ours is between an artifact and its reader.
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 from pathlib import Path
@@ -11,26 +12,29 @@ from pathlib import Path
 from formats.artifacts import OCI_INDEX, Artifact, digest_of
 
 
-def push(found: Artifact, host: str, repository: str, tag: str = "latest") -> str:
+def push(found: Artifact, host: str, repository: str, tag: str = "latest", login: tuple[str, str] | None = None) -> str:
     """Blobs, children, manifest; returns the reference pinned by digest. Source: distribution-spec, "Push"."""
     connection = http.client.HTTPConnection(host, timeout=30)
+    headers = {"Authorization": "Basic " + base64.b64encode(":".join(login).encode()).decode()} if login else {}
     try:
         for child in found.children:
-            push(child, host, repository, child.digest.replace(":", "-"))
+            push(child, host, repository, child.digest.replace(":", "-"), login)
         for digest, data in found.blobs.items():
-            _push_blob(connection, repository, digest, data)
+            _push_blob(connection, repository, digest, data, headers)
         path = f"/v2/{repository}/manifests/{tag}"
-        status, _, body = _send(connection, "PUT", path, found.data, {"Content-Type": found.media_type})
+        status, _, body = _send(connection, "PUT", path, found.data, headers | {"Content-Type": found.media_type})
         assert status == 201, (status, body)
     finally:
         connection.close()
     return f"{host}/{repository}@{found.digest}"
 
 
-def _push_blob(connection: http.client.HTTPConnection, repository: str, digest: str, data: bytes) -> None:
-    status, headers, body = _send(connection, "POST", f"/v2/{repository}/blobs/uploads/", b"", {})
+def _push_blob(
+    connection: http.client.HTTPConnection, repository: str, digest: str, data: bytes, headers: dict[str, str]
+) -> None:
+    status, answered, body = _send(connection, "POST", f"/v2/{repository}/blobs/uploads/", b"", headers)
     assert status == 202, (status, body)
-    location = headers["Location"]
+    location = answered["Location"]
     assert location is not None
     path = "/" + location.split("//", 1)[-1].split("/", 1)[1]
     status, _, body = _send(
@@ -38,7 +42,7 @@ def _push_blob(connection: http.client.HTTPConnection, repository: str, digest: 
         "PUT",
         f"{path}&digest={digest}",
         data,
-        {"Content-Type": "application/octet-stream"},
+        headers | {"Content-Type": "application/octet-stream"},
     )
     assert status == 201, (status, body)
 

@@ -19,8 +19,10 @@ from typing import Any
 
 import grpc
 import pytest
-from fakes.registry import FakeRegistry, Fault
+from fakes.registry import FakeRegistry, Fault, model_manifest
 from support.node_process import NodeProcess
+
+from csi.integrity import index
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -119,7 +121,7 @@ def publish(node: NodeProcess, reference: str, **changes: Any) -> Path:
     while (error := failure(node, reference, target, **changes)) is not None:
         if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > deadline:
             raise error
-        assert "%" in error.details(), error.details()
+        assert any(words in error.details() for words in ("%", "manifest", "being mounted")), error.details()
     return target
 
 
@@ -342,3 +344,136 @@ def test_a_process_that_dies_while_layers_are_read_costs_a_retry(
     finally:
         fake_registry.faults.clear()
         node.unpublish(target)
+
+
+def push_indexed(registry: FakeRegistry, layers: dict[str, bytes]) -> str:
+    """A ModelPack of these archives, by packing, with a block index of them."""
+    kinds = [(f"application/vnd.cncf.model.weight.v1.{packing.split()[0]}", data) for packing, data in layers.items()]
+    described = [{"mediaType": kind, "digest": registry.add_blob(data), "size": len(data)} for kind, data in kinds]
+    described.append(registry.add_index([index.hash_file(io.BytesIO(data)) for data in layers.values()]))
+    digest = registry.add_manifest("team/indexed", "v1", model_manifest(described, registry.add_blob(b"{}")))
+    return f"{registry.host}/team/indexed@{digest}"
+
+
+@pytest.mark.parametrize("packing", LAYERS)
+def test_chunk_reads_archives_from_verified_blocks(
+    node: NodeProcess, fake_registry: FakeRegistry, packing: str
+) -> None:
+    target = publish(node, push_indexed(fake_registry, {packing: LAYERS[packing][1]}), attributes={"verify": "chunk"})
+    try:
+        assert node.status()[0]["verify"] == "chunk"
+        check(target)
+    finally:
+        node.unpublish(target)
+
+
+@pytest.mark.parametrize("packing", ["tar", "tar+gzip"])
+def test_chunk_makes_no_tree_of_wrong_bytes(node: NodeProcess, fake_registry: FakeRegistry, packing: str) -> None:
+    """Whatever is wrong in the first block, its headers too, is never looked at."""
+    plain = tar({"model/a": weights(5_000_000, 77)})
+    data = plain if packing == "tar" else gzip.compress(plain, 1)
+    reference = push_indexed(fake_registry, {packing: data})
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    lie = tar({"model/b": weights(5_000_000, 77)})
+    fake_registry.blobs[digest] = (lie if packing == "tar" else gzip.compress(lie, 1)).ljust(len(data), b"\0")[
+        : len(data)
+    ]
+    with pytest.raises(grpc.RpcError) as refused:
+        publish(node, reference)
+    assert refused.value.code() is grpc.StatusCode.DATA_LOSS, refused.value.details()
+    assert node.status() == []
+
+
+def test_a_file_that_is_shown_as_one_is_looked_at_again(node: NodeProcess, fake_registry: FakeRegistry) -> None:
+    """A registry that shows other first bytes to whoever asks only for those: a packed directory as a file."""
+    true = gzip.compress(tar({"model/a": weights(5_000_000, 78)}), 1)
+    lie = gzip.compress(tar({"other/a": weights(5_000_000, 78)}), 1).ljust(len(true), b"\0")[: len(true)]
+    digest = fake_registry.add_blob(true)
+    layer = {"mediaType": f"{LAYER}+gzip", "digest": digest, "size": len(true), "annotations": {TITLE: "model"}}
+    config = {"mediaType": "application/vnd.unknown.config.v1+json", "digest": fake_registry.add_blob(b"{}"), "size": 2}
+    document = {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": config}
+    manifest = fake_registry.add_manifest("team/file", "v1", json.dumps(document | {"layers": [layer]}).encode())
+    del fake_registry.blobs[digest]
+    fake_registry.blob_readers[digest] = (
+        len(true),
+        lambda offset, length: (lie if length <= 1 << 16 else true)[offset : offset + length],
+    )
+    target = publish(node, f"{fake_registry.host}/team/file@{manifest}")
+    try:
+        assert [path.name for path in target.iterdir()] == ["model"]
+        assert (target / "model").is_file()
+        deadline = time.monotonic() + 30
+        while not any(event["reason"] == "IntegrityFailure" for event in node.status()[0]["events"]):
+            assert time.monotonic() < deadline, (node.status(), node.log())
+            time.sleep(0.1)
+        assert failure(node, f"{fake_registry.host}/team/file@{manifest}", target) is None, "a live volume stays"
+    finally:
+        node.unpublish(target)
+
+
+def test_what_was_left_out_and_how_far_it_is_shows_in_the_status(fake_registry: FakeRegistry, tmp_path: Path) -> None:
+    """And a preparation that nobody asks for again ends."""
+    digest = fake_registry.add_blob(b"x" * 100)
+    named = {"mediaType": LAYER, "digest": digest, "size": 100, "annotations": {TITLE: "a.bin"}}
+    nameless = {"mediaType": "application/x", "digest": fake_registry.add_blob(b"{}"), "size": 2}
+    config = {"mediaType": "application/vnd.oci.empty.v1+json", "digest": fake_registry.add_blob(b"{}"), "size": 2}
+    document = {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": config}
+    document["layers"] = [named, nameless]
+    oras = fake_registry.add_manifest("team/oras", "v1", json.dumps(document).encode())
+    flags = ("--patience=2", "--abandon-after=4", "--read-deadline=20")
+    with NodeProcess(tmp_path / "node", *flags) as node:
+        target = publish(node, f"{fake_registry.host}/team/oras@{oras}")
+        (mount,) = node.status()
+        assert mount["warnings"] == ["layers[1]: left out; it has no name (application/x)"]
+        node.unpublish(target)
+        plain = push(fake_registry, [LAYERS["tar"]])
+        packed = push(fake_registry, [(f"{LAYER}+gzip", gzip.compress(tar({"model/w": weights(9_000_000, 79)}), 1))])
+        fake_registry.faults.append(Fault(match="/blobs/", times=10**6, stall_s=3.0))
+        for reference, words in ((plain, "the headers of its archives"), (packed, "compressed layers are being read")):
+            error = failure(node, reference, node.target())
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            assert words in error.details(), error.details()
+        deadline = time.monotonic() + 30
+        while node.status():
+            assert time.monotonic() < deadline, node.status()
+            time.sleep(0.1)
+        fake_registry.faults.clear()
+        check(publish(node, plain))
+        node.unpublish_all()
+
+
+@pytest.mark.parametrize("packing", ["tar+gzip", "tar+zstd frames"])
+def test_a_lost_index_is_made_again_by_the_worker(node: NodeProcess, fake_registry: FakeRegistry, packing: str) -> None:
+    target = publish(node, push(fake_registry, [LAYERS[packing]]))
+    try:
+        (mount,) = node.status()
+        digest = mount["layers"][0]["digest"].replace(":", "-")
+        lost = [path for path in node.data_dir.rglob("index") if path.parent.name == digest]
+        assert lost
+        for path in lost:
+            path.unlink()
+        os.kill(mount["worker_pid"], signal.SIGKILL)
+        for path in target.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        check(target)
+        assert node.status()[0]["reads"].get("failed_reads", 0) == 0
+    finally:
+        node.unpublish(target)
+
+
+def test_a_spool_obeys_the_limit_of_the_cache(fake_registry: FakeRegistry, tmp_path: Path) -> None:
+    """90 MB and their decoded copy have no room in 150 MB, and leave nothing behind; in a larger cache they have."""
+    content = random.Random(80).randbytes(90_000_000)
+    layer = zstd.compress(tar({"model/w": content}))
+    reference = push(fake_registry, [(f"{LAYER}+zstd", layer)])
+    with NodeProcess(tmp_path / "small", "--cache-limit=150M", "--patience=60") as small:
+        error = failure(small, reference, small.target())
+        assert error.code() is grpc.StatusCode.UNAVAILABLE, error.details()
+        assert "no room" in error.details()
+        assert spools(small) == set()
+    with NodeProcess(tmp_path / "large", "--cache-limit=1500M", "--patience=60") as large:
+        target = publish(large, reference)
+        assert (target / "model/w").read_bytes() == content
+        large.unpublish_all()

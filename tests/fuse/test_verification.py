@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import random
 import signal
@@ -382,3 +383,29 @@ def test_a_cache_file_that_shrinks_while_it_is_read_is_no_error(
     drop_pages(target / "w.bin")
     assert (target / "w.bin").read_bytes() == content
     assert "CacheDamaged" in events(node, target)
+
+
+def test_a_block_index_is_found_through_an_image_index(node: NodeProcess, fake_registry: FakeRegistry) -> None:
+    """The chosen variant's, also by a fetcher that starts while the registry is away."""
+    contents = {name: random.Random(name).randbytes(9 << 20) for name in ("q4", "q8")}
+    entries = []
+    for name, content in contents.items():
+        digest = fake_registry.add_model("team/index", name, {f"{name}.bin": content}, indexed=True)
+        media_type, data = fake_registry.manifests[f"/v2/team/index/manifests/{digest}"]
+        described = {"mediaType": media_type, "digest": digest, "size": len(data)}
+        entries.append(described | {"annotations": {"quantization": name}})
+    index_type = "application/vnd.oci.image.index.v1+json"
+    document = {"schemaVersion": 2, "mediaType": index_type, "manifests": entries}
+    fake_registry.add_manifest("team/index", "v1", json.dumps(document).encode(), index_type)
+    target = node.target()
+    node.publish(f"{fake_registry.host}/team/index:v1", target, attributes={"variant": "quantization=q8"})
+    mount = mount_at(node, target)
+    assert mount["verify"] == "chunk"
+    assert mount["variant_digest"] == entries[1]["digest"]
+    assert (target / "q8.bin").read_bytes() == contents["q8"]
+    fake_registry.faults.append(Fault("/", status=503, times=9999))
+    os.kill(mount["fetcher_pid"], signal.SIGKILL)
+    wait_for(lambda: mount_at(node, target)["fetcher_pid"] not in (None, mount["fetcher_pid"]), "a new fetcher")
+    drop_pages(target / "q8.bin")
+    assert os.listdir(target) == ["q8.bin"]
+    assert (target / "q8.bin").read_bytes() == contents["q8"]

@@ -39,6 +39,10 @@ class Access(IntEnum):
     """Decoded from the nearest point before them."""
     SPOOL = 2
     """Decoded once into a file of its own."""
+    FILE = 3
+    """It is a file, although it might have been a packed directory: `members` has the first member that was found in it, if
+    there was one.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,17 +8,53 @@ Source: OCI image-spec image-index.md; attestations as BuildKit lists them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 from csi.errors import UnsupportedModelError
 from csi.oci.descriptor import Descriptor
-from csi.oci.manifest import Index, IndexEntry, attachment_refused, parse
+from csi.oci.digest import Digest
+from csi.oci.manifest import Index, IndexEntry, Manifest, attachment_refused, parse
 
 MAX_DEPTH = 4
 """How many indexes may lie in each other."""
 
 _MAX_LISTED = 8
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
+
+
+class SentManifest(Protocol):
+    """The bytes of a manifest or an index, and what its registry calls them."""
+
+    @property
+    def data(self) -> bytes: ...
+
+    @property
+    def media_type(self) -> str: ...
+
+
+_Sent = TypeVar("_Sent", bound=SentManifest)
+
+
+def chosen(root: _Sent, selector: str, fetch: Callable[[Digest], _Sent]) -> tuple[_Sent, Manifest]:
+    """The one manifest that `root` is or leads to on this machine: bytes and content. `fetch` gets another manifest of the
+    same repository.
+
+    Raises: as `pick`, `csi.oci.manifest.parse` and `fetch`; UnsupportedModelError for a selector where there is no index,
+    and for more than MAX_DEPTH indexes in each other.
+    """
+    platform = platform_of(os.uname().sysname, os.uname().machine)
+    sent = root
+    for depth in range(MAX_DEPTH + 1):
+        parsed = parse(sent.data, sent.media_type)
+        if isinstance(parsed, Manifest):
+            if selector and not depth:
+                raise UnsupportedModelError("manifest: a single model, not an index; leave out 'variant'")
+            return sent, parsed
+        entry = pick(parsed, selector if not depth else "", platform)
+        sent = fetch(entry.descriptor.digest)
+    raise UnsupportedModelError(f"more than {MAX_DEPTH} indexes lie in each other; name the model by digest")
 
 
 def platform_of(system: str, machine: str) -> str:

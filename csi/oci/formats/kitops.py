@@ -62,8 +62,8 @@ def plan(manifest: Manifest, kitfile: Mapping[str, Any]) -> ModelPlan:
 
 
 def with_parent(kit: ModelPlan, parent: ModelPlan, origin: str) -> ModelPlan:
-    """`kit` completed by its parent's model layers, which come from `origin` (`registry/repository`); the parent's own
-    parent is the next to be found.
+    """`kit` completed by its parent's model layers, which come from `origin` (`registry/repository`; empty for the kit's own
+    repository); the parent's own parent is the next to be found. A blob that both have comes from where the kit has it.
 
     Raises: UnsupportedModelError for a parent of another kind.
     """
@@ -72,14 +72,17 @@ def with_parent(kit: ModelPlan, parent: ModelPlan, origin: str) -> ModelPlan:
             f"the kit builds on {kit.parent!r}, which is a model of format {parent.format}; expected a ModelKit or a "
             "ModelPack"
         )
+    places = {layer.descriptor.digest: layer.origin for layer in kit.layers}
     inherited = tuple(
-        replace(layer, origin=layer.origin or origin) for layer in parent.layers if layer.category in _PARENT_CATEGORIES
+        replace(layer, origin=places.get(layer.descriptor.digest, layer.origin or origin))
+        for layer in parent.layers
+        if layer.category in _PARENT_CATEGORIES
     )
     return replace(
         kit,
         layers=inherited + kit.layers,
         parent=parent.parent,
-        warnings=kit.warnings + tuple(f"parent {origin}: {warning}" for warning in parent.warnings),
+        warnings=kit.warnings + tuple(f"parent {kit.parent}: {warning}" for warning in parent.warnings),
     )
 
 
@@ -159,7 +162,10 @@ def _parent(path: str) -> str | None:
     if ":" not in path and "@" not in path:
         return None
     try:
-        return str(Reference.parse(path))
+        reference = Reference.parse(path)
+        if reference.is_layout:
+            raise InvalidVolumeError("it is a directory, not a repository of a registry", field="reference")
+        return str(reference)
     except InvalidVolumeError as exc:
         raise UnsupportedModelError(
             f"the kit builds on another kit, {path[:_MAX_SHOWN]!r}, but that is no whole reference: {exc}; pack it again "

@@ -25,7 +25,7 @@ class SlowRegistry:
     def __init__(self) -> None:
         self.asked, self.answer = threading.Event(), threading.Event()
 
-    def __call__(self, reference: Reference, credentials: Credentials) -> tuple[Digest, int]:
+    def __call__(self, reference: Reference, variant: str, credentials: Credentials) -> tuple[Digest, int]:
         self.asked.set()
         assert self.answer.wait(60)
         return Digest.of(b"manifest"), 1000

@@ -54,6 +54,9 @@ class MemoryRange:
     def __init__(self, content: bytes) -> None:
         self._left = memoryview(content)
 
+    def reject(self) -> None:
+        """There is nobody else."""
+
     def readinto(self, buffer: memoryview) -> None:
         buffer[:] = self._left[: len(buffer)]
         self._left = self._left[len(buffer) :]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from csi.credentials import Credential
 from csi.errors import InvalidVolumeError, RegistryUnavailableError
 from csi.keychain import docker_config
+from csi.keychain.own_logins import OwnLogins
 from csi.keychain.plugins import CredentialPlugins, Provider, duration_s, parse_answer, parse_config
 from csi.keychain.programs import MAX_OUTPUT_BYTES, run
 from csi.oci.reference import Reference
@@ -246,17 +247,17 @@ def test_durations(text: object, seconds: float | None) -> None:
 def test_the_volumes_own_come_first_then_plugins_then_the_nodes_file(tmp_path: Path) -> None:
     written = {"auth": base64.b64encode(b"node:pw").decode()}
     path = config(tmp_path, auths={"r.example.com:5000": written})
-    node = NodeCredentials(path, plugins(tmp_path))
+    node = NodeCredentials(OwnLogins(path, plugins(tmp_path)), 120)
     reference = Reference.parse("r.example.com:5000/team/a:v1")
     brought = (Credential("volume", "pw"),)
     found = asyncio.run(node.after(brought, reference))
     assert [one.username for one in found] == ["volume", "ann", "node"]
     asyncio.run(node.after((), reference))
     assert len(asked(tmp_path)) == 1, "a republish runs no program again"
-    assert asyncio.run(NodeCredentials(None, None).after(brought, reference)) == brought
+    assert asyncio.run(NodeCredentials(OwnLogins(None, None), 120).after(brought, reference)) == brought
 
 
 @pytest.mark.allow_logs
 def test_what_is_wrong_on_the_node_keeps_no_volume_from_its_registry(tmp_path: Path) -> None:
-    node = NodeCredentials(str(tmp_path / "missing.json"), None)
+    node = NodeCredentials(OwnLogins(str(tmp_path / "missing.json"), None), 120)
     assert asyncio.run(node.after((), Reference.parse("quay.io/a/b:v1"))) == ()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fakes.registry import FakeRegistry, Fault
@@ -19,6 +21,7 @@ from csi.registry.client import RegistrySource
 from csi.registry.sources import SourceSettings, open_source
 from csi.registry.transport import TransportSettings
 from csi.registry_hosts import parse_hosts_toml
+from csi.stream.ports import ModelSource
 
 CONTENT = os.urandom(3 << 20)
 BLOB = Digest.of(CONTENT)
@@ -215,3 +218,80 @@ def test_credentials_go_to_a_mirror_that_is_to_have_them(registry: FakeRegistry,
         source.replace_credentials(ANN)
         assert read(source) == CONTENT[:1000]
         assert registry.seen == []
+
+
+@pytest.mark.allow_logs
+def test_a_mirror_that_sent_wrong_bytes_is_not_asked_for_them_again(
+    registry: FakeRegistry, mirror: FakeRegistry, opened: Open
+) -> None:
+    source = opened(f'[host."http://{mirror.host}"]\n')
+    assert read(source) == CONTENT[:1000]
+    assert not registry.requests("/blobs/")
+    buffer = bytearray(1000)
+    reader = source.open_range(BLOB, len(CONTENT), 0, 1000)
+    reader.readinto(memoryview(buffer))
+    reader.reject()
+    reader.close()
+    before = len(mirror.requests("/"))
+    assert read(source) == CONTENT[:1000]
+    assert registry.requests("/blobs/"), "the next host has it"
+    assert source.fetch_manifest("v1", None, 5.0).data, "and is asked for other things too, for a while"
+    assert len(mirror.requests("/")) == before
+
+
+def test_a_mirror_with_a_wrong_manifest_is_distrusted(
+    registry: FakeRegistry, mirror: FakeRegistry, opened: Open
+) -> None:
+    digest = Digest.of(registry.manifests["/v2/team/model/manifests/v1"][1])
+    mirror.faults.append(Fault("/manifests/", flip_at=5, times=99))
+    source = opened(f'[host."http://{mirror.host}"]\n')
+    for _ in range(2):
+        assert source.fetch_manifest(None, digest, 5.0).digest == digest
+    assert len(mirror.requests("/manifests/")) == 1
+    assert read(source) == CONTENT[:1000]
+    assert not mirror.requests("/blobs/")
+
+
+@pytest.mark.allow_logs
+def test_the_only_host_is_asked_again_whatever_it_sent(registry: FakeRegistry, opened: Open) -> None:
+    source = opened("")
+    for _ in range(2):
+        reader = source.open_range(BLOB, len(CONTENT), 0, 10)
+        reader.readinto(memoryview(bytearray(10)))
+        reader.reject()
+        reader.close()
+    assert read(source) == CONTENT[:1000]
+
+
+def test_a_host_gets_so_many_requests_at_once_and_no_more(registry: FakeRegistry) -> None:
+    running, most, lock = 0, 0, threading.Lock()
+
+    def slowly(offset: int, length: int) -> bytes:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.05)
+        with lock:
+            running -= 1
+        return CONTENT[offset : offset + length]
+
+    del registry.blobs[str(BLOB)]
+    registry.blob_readers[str(BLOB)] = (len(CONTENT), slowly)
+    settings = SourceSettings(rules=AddressRules(), credentials=ANN, transport=TransportSettings(most_at_once=3))
+    source = open_source(Reference.parse(f"{registry.host}/team/model:v1"), settings)
+    with ThreadPoolExecutor(12) as pool:
+        parts = list(pool.map(lambda number: read_of(source, number * 1000), range(24)))
+    source.close()
+    assert parts == [CONTENT[at : at + 1000] for at in range(0, 24_000, 1000)]
+    assert most == 3
+
+
+def read_of(source: ModelSource, offset: int) -> bytes:
+    buffer = bytearray(1000)
+    reader = source.open_range(BLOB, len(CONTENT), offset, 1000)
+    try:
+        reader.readinto(memoryview(buffer))
+    finally:
+        reader.close()
+    return bytes(buffer)

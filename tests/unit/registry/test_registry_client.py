@@ -22,6 +22,7 @@ from csi.errors import (
     DigestMismatchError,
     ModelMountError,
     ModelNotFoundError,
+    PolicyDeniedError,
     RegistryAuthError,
     RegistryError,
     RegistryUnavailableError,
@@ -314,3 +315,47 @@ def test_a_real_registry_serves_what_was_pushed(
             registry.fetch_manifest("v9", None, 5.0)
     with pytest.raises(RegistryAuthError):
         source(private_registry.host).fetch_manifest("v1", None, 5.0)
+
+
+@pytest.mark.parametrize(
+    "authority", ["registry.example.com", "registry.example.com:8443", "a.models.example.org:5000"]
+)
+def test_listed_registries_may_be_named_and_be_private(authority: str) -> None:
+    rules = AddressRules(allowed=frozenset({"registry.example.com", "*.models.example.org", "other.example.com:5000"}))
+    rules.check_registry(authority)
+    rules.check_address(authority, "10.1.2.3")
+
+
+@pytest.mark.parametrize(
+    "authority",
+    [
+        "models.example.org",
+        "evil-registry.example.com",
+        "other.example.com",
+        "10.0.0.1",
+        "[fd00::1]:5000",
+        "localhost:5000",
+    ],
+)
+def test_no_other_registry_may_be_named(authority: str) -> None:
+    rules = AddressRules(allowed=frozenset({"registry.example.com", "*.models.example.org", "other.example.com:5000"}))
+    with pytest.raises(PolicyDeniedError, match="--allow-registry"):
+        rules.check_registry(authority)
+
+
+def test_where_a_listed_registry_leads_is_public_and_at_the_usual_port() -> None:
+    rules = AddressRules(frozenset({"plain.internal"}), frozenset({"registry.example.com", "blobs.internal:9000"}))
+    rules.check_address("cdn.example.net", "151.101.1.1")
+    rules.check_address("cdn.example.net:443", "2606:4700::1111")
+    rules.check_address("blobs.internal:9000", "10.1.2.3")
+    rules.check_address("plain.internal", "10.1.2.3")
+    for authority, address in [
+        ("cdn.example.net", "10.1.2.3"),
+        ("cdn.example.net", "100.64.0.1"),
+        ("cdn.example.net", "fd00::7"),
+        ("cdn.example.net:8443", "151.101.1.1"),
+        ("blobs.internal:9001", "10.1.2.3"),
+        ("registry.example.com", "169.254.169.254"),
+    ]:
+        with pytest.raises(RegistryError):
+            rules.check_address(authority, address)
