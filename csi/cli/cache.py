@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from csi.cli import login
+from csi.cli.state_dir import HELP, running_state_dir
 from csi.errors import UnsupportedModelError
 
 
@@ -36,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
 
 def _add(verbs: Any, name: str, text: str) -> argparse.ArgumentParser:
     verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text.capitalize() + ".")
-    verb.add_argument("--state-dir", default="/run/modelmount", help="the node's sockets (default %(default)s)")
+    verb.add_argument("--state-dir", default=running_state_dir(), help=HELP)
     verb.add_argument("--output", choices=["text", "json"], default="text")
     verb.set_defaults(run=run)
     return verb

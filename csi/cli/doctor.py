@@ -18,10 +18,11 @@ from enum import StrEnum
 from typing import Any
 
 from csi.cli.found_model import add_source_flags, open_finder
+from csi.cli.state_dir import HELP, running_state_dir
 from csi.errors import ModelMountError
 
 _OLDEST_KERNEL, _RESEND_KERNEL = (5, 12), (6, 9)  # mount_setattr(2); FUSE_NOTIFY_RESEND
-_LITTLE_SPACE = 0.10
+_LITTLE_SPACE = 0.16  # the default of --cache-min-free
 _ADJTIMEX_BYTES = 512  # struct timex has 208 on 64-bit machines; room for others
 _TIME_ERROR = 5  # adjtimex(2): the clock is not synchronised
 
@@ -54,9 +55,7 @@ def add_parser(subparsers: Any) -> None:
         "mounted.",
     )
     add_source_flags(parser, optional=True)
-    parser.add_argument(
-        "--state-dir", default="/run/modelmount", help="where keeper and supervisor listen (%(default)s)"
-    )
+    parser.add_argument("--state-dir", default=running_state_dir(), help=HELP)
     parser.add_argument("--data-dir", default="/var/lib/modelmount", help="where the cache lies (%(default)s)")
     parser.add_argument("--output", choices=["text", "json"], default="text", help="what stdout gets (default: text)")
     parser.set_defaults(run=run)
@@ -151,7 +150,11 @@ def disk_finding(data_dir: str, size_bytes: int, free_bytes: int, writable: bool
         )
     if free_bytes < _LITTLE_SPACE * size_bytes:
         return Finding(
-            "disk", Verdict.WARNING, found, "models still stream, but are not kept; free space or give the cache a disk"
+            "disk",
+            Verdict.WARNING,
+            found,
+            "models still stream, but are not kept: 16 % stay free by default. Free space, give the cache a disk, or lower "
+            "--cache-min-free (chart: cache.minFreePercent)",
         )
     return Finding("disk", Verdict.OK, found)
 

@@ -17,11 +17,11 @@ import time
 from typing import Any
 
 from csi.cli import login, supervisor
+from csi.cli.state_dir import BY_HAND
 from csi.cli.view_flags import add_view_flags, view_of
 from csi.credentials import Keyring
 from csi.errors import ControlError, InvalidVolumeError, MountError
 
-_STATE_DIR = "/run/modelmount-by-hand"
 _DATA_DIR = "/var/cache/modelmount-by-hand"
 _START_TIMEOUT_S = 20.0
 
@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
     )
     umount.add_argument("directory")
     for parser in (mount, umount):
-        parser.add_argument("--state-dir", default=_STATE_DIR, help="sockets and records (default %(default)s)")
+        parser.add_argument("--state-dir", default=BY_HAND, help="sockets and records (default %(default)s)")
         parser.set_defaults(data_dir=_DATA_DIR)
     umount.add_argument("--data-dir", help="cache and pins, as given to mount (default %(default)s)", default=_DATA_DIR)
     mount.set_defaults(run=run_mount)
@@ -182,7 +182,7 @@ def _stop_background_if_idle(state_dir: str) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
         while os.path.exists(f"/proc/{pid}/root") and time.monotonic() < deadline:
             time.sleep(0.02)
-    if state_dir == _STATE_DIR:
+    if state_dir == BY_HAND:
         import shutil
 
         shutil.rmtree(state_dir, ignore_errors=True)

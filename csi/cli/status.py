@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from csi.cli.state_dir import HELP, running_state_dir
 from csi.control.supervisor import SupervisorClient, cached_bytes
 from csi.errors import ControlError, InvalidVolumeError
 
@@ -25,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
         description="The mounts of this node. Asks the supervisor, never a mounted file system.",
     )
     parser.add_argument("target", nargs="?", help="only the mount shown at this path")
-    parser.add_argument("--state-dir", default="/run/modelmount", help="where the supervisor listens (%(default)s)")
+    parser.add_argument("--state-dir", default=running_state_dir(), help=HELP)
     parser.add_argument("--watch", action="store_true", help="on a terminal: look again every second until Ctrl-C")
     parser.add_argument("--output", choices=["text", "json"], default="text")
     parser.set_defaults(run=run)
