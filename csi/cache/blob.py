@@ -185,6 +185,8 @@ class BlobWriter(_MappedBlob):
         self._replacing = threading.Lock()  # held for no longer than it takes to change a mark or a name
         self.hashes: bytes | None = None
         """BLAKE3 of every block where what has no segment of its own is in a proven blob."""
+        self.lost_blocks = 0
+        """How many were there until somebody cut off or replaced their file."""
 
     @classmethod
     def open(
@@ -355,6 +357,9 @@ class BlobWriter(_MappedBlob):
                 return os.open(path, flags, dir_fd=self._area_fd)
             except (PermissionError, IsADirectoryError):
                 os.rename(path, f"{path}.aside", src_dir_fd=self._area_fd, dst_dir_fd=self._area_fd)
+                if lost := self._forget(segment, 0):
+                    self.lost_blocks += lost
+                    self._next_generation()
         if self._forget(segment, 0):
             self._next_generation()  # before the new file is there: who reads that one sees that it moved on
         return os.open(path, flags | os.O_CREAT, fmt.FILE_MODE, dir_fd=self._area_fd)
@@ -372,18 +377,20 @@ class BlobWriter(_MappedBlob):
             if size == 0 and self._allowance is not None:
                 self._allowance.take(length)
             with self._replacing:
-                if self._forget(segment, size) or known:
+                lost = self._forget(segment, size)
+                self.lost_blocks += lost
+                if lost or known:
                     self._next_generation()  # before there is something to read again
             os.posix_fallocate(fd, 0, length)
 
-    def _forget(self, segment: int, size: int) -> bool:
-        """Take the marks from the blocks of a segment that end beyond its first `size` bytes. Whether there were any."""
+    def _forget(self, segment: int, size: int) -> int:
+        """Take the marks from the blocks of a segment that end beyond its first `size` bytes. How many there were."""
         first = segment * blocks.SEGMENT_BLOCKS + size // blocks.BLOCK_BYTES
         end = min((segment + 1) * blocks.SEGMENT_BLOCKS, self.block_count)
         lost = [block for block in range(first, end) if self._map[fmt.HEADER_BYTES + block] != Mark.ABSENT]
         for block in lost:
             self.drop(block)
-        return bool(lost)
+        return len(lost)
 
 
 def make_directory(area_fd: int, digest: Digest) -> None:

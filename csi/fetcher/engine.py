@@ -1,11 +1,12 @@
-"""Moves blocks from a source into the cache: threads that each fetch one range at a time, and one that hashes.
+"""Decides what is fetched when and from where, and does it: threads that each fetch one range at a time.
 
-Where there is a block index, a block is checked in memory before it is written and marked, and what the cache held
-before this process started is checked before it is marked again. Without one the hashing thread checks each blob
-once it is complete.
+    engine    the threads, what they do next, failures, whom to tell       `csi.stream.scheduler` decides the order
+    intake    one block from the network to disk or to the worker          `csi.fetcher.intake`
+    proving   what is on the disk already, and whole blobs                 `csi.fetcher.proving`
 
-A reader never waits for the disk. Where a block cannot be written (full, broken, no room in the cache) or writing is
-slow, what readers asked for is lent to the worker in memory, and written behind that or not at all; see `csi.cache.ring`.
+Where there is a block index, a block is checked on its way through memory before it is marked, and what the cache held
+before this process started is checked before it is marked again. Without one a thread checks each blob once it is
+complete.
 
     _lock        guards the scheduler, the counters and the wake-ups; never held during I/O
     _writers     fixed list after the constructor; written to without the lock
@@ -20,16 +21,14 @@ from __future__ import annotations
 
 import functools
 import logging
-import mmap
 import os
-import queue
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from csi.cache.blob import BlobWriter, BlockWrite
+from csi.cache.blob import BlobWriter
 from csi.cache.format import BlobState
 from csi.cache.ring import LendingRing
 from csi.errors import (
@@ -40,9 +39,12 @@ from csi.errors import (
     RegistryAuthError,
     RegistryError,
 )
+from csi.fetcher.counters import Counters
+from csi.fetcher.intake import Intake, Outcome
+from csi.fetcher.proving import DigestCheck, Found, block_buffer, look_at_kept
 from csi.integrity.index import BlobHashes
 from csi.stream import blocks
-from csi.stream.ports import ModelSource, RangeReader
+from csi.stream.ports import ModelSource
 from csi.stream.scheduler import Job, Priority, Scheduler
 from csi.tree.model import BlobSpec
 
@@ -51,16 +53,10 @@ log = logging.getLogger(__name__)
 _FIRST_DELAY_S = 0.2
 _MAX_DELAY_S = 10.0
 
-# Received and written in pieces that stay in a core's cache on the way.
-_PIECE_BYTES = 512 * 1024
 _SCARCE_CORES = 4
 _HASH_PATIENCE_S = 0.1
 _FINAL_TRIES = 3
 _EVENT_INTERVAL_S = 10.0  # of a registry whose every block is wrong we need not speak every time
-_CACHE_REST_S = 5.0
-"""How long nothing is written after the cache refused a write."""
-_SLOW_WRITE_S, _QUICK_WRITE_S = 0.1, 0.01
-"""Seconds for a block, averaged: from the first on the disk is slow, below the second it is quick again."""
 _AUTH_DELAY_S = 2.0  # new credentials wake the wait at once
 
 
@@ -73,31 +69,6 @@ class EngineSettings:
     threads: int = 4
     fill: bool = True
     cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened since the fetcher started. Guarded by the engine's lock."""
-
-    fetched_bytes: int = 0
-    fetched_blocks: int = 0
-    retries: int = 0
-    cache_errors: int = 0
-    rejected_blocks: int = 0
-    """Received, and not what the index says."""
-    rechecked_blocks: int = 0
-    """Found in the cache at the start, and right."""
-    damaged_blocks: int = 0
-    """Found in the cache at the start, and not right: fetched again."""
-    demanded_blocks: int = 0
-    lent_blocks: int = 0
-    """Handed to readers in memory, because the disk was full, broken or slow."""
-    unwritten_blocks: int = 0
-    """Of those, the ones that were not written at all."""
-    last_error: ModelMountError | None = None
-    last_error_at: float = 0.0
-    last_block_at: float = 0.0
-    started_at: float = field(default_factory=time.time)
 
 
 class FetchEngine:
@@ -132,12 +103,11 @@ class FetchEngine:
         self._writers = writers
         self._settings = settings
         self._on_block, self._on_failed, self._on_wrong = on_block, on_failed, on_wrong
-        self._on_lent, self._ring = on_lent, ring
+        self._ring = ring
         self._on_complete = on_complete
         self._hashes: list[BlobHashes | None] = list(hashes) if hashes is not None else [None] * len(specs)
         self._complete: set[int] = set()
         self._held: set[int] = set()
-        self._being_written: set[tuple[int, int]] = set()  # lent, and on its way to the disk
         self._lock = threading.Condition()
         self._stopping = False
         self._generation = 0  # counts changes of sources and credentials; a wait for better ones ends when it moves
@@ -148,11 +118,14 @@ class FetchEngine:
         self._last_want = 0.0
         self._final_tries: dict[tuple[int, int], int] = {}
         self._last_event = -_EVENT_INTERVAL_S
-        self._no_writes_until = 0.0
-        self._write_s = 0.0  # seconds that writing a block takes, averaged
-        self._disk_is_slow = False
-        self._fetch_unwritten = False  # what was lent and not kept is fetched again when there is nothing better to do
-        self._behind: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()
+        self._intake = Intake(
+            writers,
+            ring,
+            self._counters,
+            self._lock,
+            on_lent=on_lent,
+            on_written=on_block,
+        )
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -161,9 +134,19 @@ class FetchEngine:
             least = Priority.AHEAD if number == 0 else Priority.BACKGROUND
             self._spawn(f"fetch-{number}", functools.partial(self._fetch_loop, least))
         if self._ring is not None:
-            self._spawn("write", self._write_loop)
+            self._spawn("write", self._intake.write_loop)
         if None in self._hashes:
-            self._spawn("hash", self._hash_loop)
+            check = DigestCheck(
+                self._specs,
+                self._writers,
+                self._hashes,
+                self._lock,
+                is_stopping=lambda: self._stopping,
+                stand_back=self._stand_back,
+                on_right=self._told_complete,
+                on_wrong=self._wrong_blob,
+            )
+            self._spawn("hash", check.run)
 
     def stop(self) -> None:
         """Ask the threads to end after the block they are at. They are daemons: a stalled read does not keep us."""
@@ -215,7 +198,7 @@ class FetchEngine:
     def write_again(self) -> None:
         """There is room in the cache (again)."""
         with self._lock:
-            self._no_writes_until = 0.0
+            self._intake.write_again()
             self._lock.notify_all()
 
     def room_again(self) -> None:
@@ -249,23 +232,12 @@ class FetchEngine:
     def snapshot(self) -> dict[str, object]:
         """Counters and per-blob progress, for status and metrics."""
         with self._lock:
-            counters = self._counters
+            fields = self._counters.as_fields()
+            fields["damaged_blocks"] = self._counters.damaged_blocks + sum(
+                writer.lost_blocks for writer in self._writers
+            )
             return {
-                "fetched_bytes": counters.fetched_bytes,
-                "fetched_blocks": counters.fetched_blocks,
-                "demanded_blocks": counters.demanded_blocks,
-                "lent_blocks": counters.lent_blocks,
-                "unwritten_blocks": counters.unwritten_blocks,
-                "retries": counters.retries,
-                "cache_errors": counters.cache_errors,
-                "rejected_blocks": counters.rejected_blocks,
-                "rechecked_blocks": counters.rechecked_blocks,
-                "damaged_blocks": counters.damaged_blocks,
-                "last_error": counters.last_error.message if counters.last_error else None,
-                "last_error_kind": type(counters.last_error).__name__ if counters.last_error else None,
-                "last_error_at": counters.last_error_at,
-                "last_block_at": counters.last_block_at,
-                "started_at": counters.started_at,
+                **fields,
                 "blobs": [
                     {
                         "digest": str(spec.digest),
@@ -297,11 +269,10 @@ class FetchEngine:
 
     def _is_left(self, blob: int, block: int) -> bool:
         """Not for the background: it need only be checked, or comes from elsewhere."""
-        return blob in self._held or (blob, block) in self._being_written or self._writers[blob].is_kept(block)
+        return blob in self._held or self._intake.is_being_written(blob, block) or self._writers[blob].is_kept(block)
 
     def _fetch_loop(self, least: Priority) -> None:
-        # Page-aligned and reused: fresh memory and unaligned copies each cost more than the network does.
-        buffer = memoryview(mmap.mmap(-1, blocks.BLOCK_BYTES))
+        buffer = block_buffer()
         failures = 0
         while (job := self._next_job(least)) is not None:
             generation = self._generation
@@ -320,8 +291,8 @@ class FetchEngine:
                 allowed, patience_s = self._allowed(least)
                 if job := self._scheduler.next_job(allowed):
                     return job
-                if self._fetch_unwritten and allowed is Priority.BACKGROUND:
-                    self._fetch_unwritten = False
+                if self._intake.missed_writes and allowed is Priority.BACKGROUND:
+                    self._intake.missed_writes = False
                     self._scheduler.rewind()
                     continue
                 self._lock.wait(patience_s)
@@ -332,11 +303,9 @@ class FetchEngine:
         not in the way of what somebody waits for; what somebody may want soon needs room in memory while there is none
         on the disk.
         """
-        rest = self._no_writes_until - time.monotonic()
-        if rest > 0:
-            full = self._ring is None or self._ring.free_slots <= self._ring.slots // 4
-            return (Priority.DEMAND if full else min(least, Priority.AHEAD)), rest
-        if self._disk_is_slow and self._readers_wait():
+        if (rest := self._intake.rest_s) > 0:
+            return (min(least, Priority.AHEAD) if self._intake.has_room() else Priority.DEMAND), rest
+        if self._intake.disk_is_slow and self._readers_wait():
             return min(least, Priority.AHEAD), _HASH_PATIENCE_S
         return least, None
 
@@ -347,23 +316,12 @@ class FetchEngine:
 
     def _is_good_in_cache(self, blob: int, block: int, buffer: memoryview) -> bool:
         """Check a block that an earlier process left. False for none, and for one that is not right (any more)."""
-        writer, hashes = self._writers[blob], self._hashes[blob]
-        if hashes is None or not writer.is_kept(block):
-            return False
-        content = buffer[: blocks.block_length(self._specs[blob].size_bytes, block)]
-        generation = writer.generation
-        try:
-            _read_stored(writer, block, content)
-            right = hashes.is_right(block, content)
-        except (OSError, CacheError):
-            right = False
-        if writer.generation != generation or (right and not writer.mark_checked(block, generation)):
-            return False  # another file took the place of what was read
-        if right:
+        found = look_at_kept(self._writers[blob], self._hashes[blob], block, buffer)
+        if found is Found.RIGHT:
             self._arrived(blob, block, fetched_bytes=0)
-            return True
-        self._drop(blob, block)
-        return False
+        elif found is Found.DAMAGED:
+            self._drop(blob, block)
+        return found is Found.RIGHT
 
     def _drop(self, blob: int, block: int) -> None:
         self._writers[blob].drop(block)
@@ -386,10 +344,16 @@ class FetchEngine:
                 for block in range(first, first + count):
                     content = buffer[: blocks.block_length(spec.size_bytes, block)]
                     wanted = job.priority is not Priority.BACKGROUND or self._readers_wait()
-                    if self._receive(source, reader, job.blob, block, content, wanted=wanted):
-                        self._arrived(job.blob, block, fetched_bytes=len(content))
-                    else:
+                    outcome = self._intake.receive(
+                        reader, job.blob, block, content, self._hashes[job.blob], wanted=wanted
+                    )
+                    if outcome is Outcome.WRONG:
+                        reader.reject()
+                        raise self._wrong_block(source, job.blob, block)
+                    if outcome is Outcome.DISPLACED:
                         self._displaced(job, block, len(content))
+                    else:
+                        self._arrived(job.blob, block, fetched_bytes=len(content))
                     if self._stopping:
                         return
             finally:
@@ -398,138 +362,11 @@ class FetchEngine:
             self._turn = turn + 1
             raise
 
-    def _receive(
-        self,
-        source: ModelSource,
-        reader: RangeReader,
-        blob: int,
-        block: int,
-        content: memoryview,
-        *,
-        wanted: bool,
-    ) -> bool:
-        """One block from the network to its mark, or to the worker. False when something else took its place meanwhile.
-
-        Raises: DigestMismatchError, and then nothing of it is stored or read.
-        """
-        hashes = self._hashes[blob]
-        if hashes is None and not self._disk_is_slow:
-            return self._receive_and_write(reader, blob, block, content)
-        reader.readinto(content)
-        if hashes is not None and not hashes.is_right(block, content):
-            reader.reject()
-            raise self._wrong_block(source, blob, block)
-        if self._disk_is_slow and wanted and self._lend(blob, block, content, write=True):
-            return True
-        return self._write_whole(blob, block, content)
-
-    def _receive_and_write(self, reader: RangeReader, blob: int, block: int, content: memoryview) -> bool:
-        """In pieces: what is written while it is in a core's cache costs less."""
-        received = 0
-        try:
-            write = self._begin_write(blob, block)
-            for start in range(0, len(content), _PIECE_BYTES):
-                piece = content[start : start + _PIECE_BYTES]
-                reader.readinto(piece)
-                received = start + len(piece)
-                if write is not None:
-                    self._write_piece(write, start, piece)
-            return write is not None and write.commit()
-        except CacheError as exc:
-            self._cache_failed(exc)
-            reader.readinto(content[received:])
-            self._lend(blob, block, content, write=False)
-            return True
-
-    def _write_whole(self, blob: int, block: int, content: memoryview) -> bool:
-        """Write a block, or lend it when the cache does not take it. False when something else took its place."""
-        try:
-            write = self._begin_write(blob, block)
-            if write is None:
-                return False
-            self._write_piece(write, 0, content)
-            return write.commit()
-        except CacheError as exc:
-            self._cache_failed(exc)
-            self._lend(blob, block, content, write=False)
-            return True
-
-    def _begin_write(self, blob: int, block: int) -> BlockWrite | None:
-        """Raises: CacheError."""
-        if time.monotonic() < self._no_writes_until:
-            raise CacheError("the cache takes no writes at the moment")
-        return self._writers[blob].begin(block)
-
-    def _write_piece(self, write: BlockWrite, start: int, content: memoryview) -> None:
-        """Raises: CacheError."""
-        begun = time.monotonic()
-        write.write(start, content)
-        self._note_write_time(time.monotonic() - begun, len(content))
-
-    def _lend(self, blob: int, block: int, content: memoryview, *, write: bool) -> bool:
-        """Give a block to the worker in memory, and `write` it behind its back if there is time. False: no room."""
-        slot = self._ring.lend(content) if self._ring is not None else None
-        if slot is None or self._ring is None:
-            return False
-        if write and self._ring.free_slots > self._ring.slots // 2:
-            self._ring.hold(slot)
-            with self._lock:
-                self._being_written.add((blob, block))
-            self._behind.put((blob, block, slot))
-        else:
-            with self._lock:
-                self._counters.unwritten_blocks += 1
-        with self._lock:
-            self._counters.lent_blocks += 1
-        if not self._on_lent(blob, block, slot):
-            self._ring.release(slot)
-        return True
-
-    def _write_loop(self) -> None:
-        """Write what was lent."""
-        assert self._ring is not None
-        while not self._stopping:
-            blob, block, slot = self._behind.get()
-            length = blocks.block_length(self._specs[blob].size_bytes, block)
-            begun = time.monotonic()
-            try:
-                write = self._writers[blob].begin(block)
-                if write is not None:
-                    write.write(0, self._ring.content(slot, length))
-                    self._note_write_time(time.monotonic() - begun, length)
-                    if write.commit():
-                        self._on_block(blob, block)
-            except CacheError as exc:
-                self._cache_failed(exc)
-            finally:
-                with self._lock:
-                    self._being_written.discard((blob, block))
-                self._ring.release(slot)
-
-    def _cache_failed(self, error: CacheError) -> None:
-        with self._lock:
-            self._fetch_unwritten = True
-            now = time.monotonic()
-            if now < self._no_writes_until:
-                return
-            self._no_writes_until = now + _CACHE_REST_S
-            self._counters.cache_errors += 1
-            self._counters.last_error, self._counters.last_error_at = error, time.time()
-        log.warning("%s; blocks go to readers without it for %g s", error, _CACHE_REST_S)
-
-    def _note_write_time(self, seconds: float, size_bytes: int) -> None:
-        if size_bytes < _PIECE_BYTES:  # says more about the system call than about the disk
-            return
-        self._write_s += (seconds * blocks.BLOCK_BYTES / size_bytes - self._write_s) / 8
-        if self._disk_is_slow != (slow := self._write_s > (_QUICK_WRITE_S if self._disk_is_slow else _SLOW_WRITE_S)):
-            self._disk_is_slow = slow
-            log.info("the cache's disk is %s: %.0f ms a block", "slow" if slow else "quick again", self._write_s * 1000)
-
     def _wrong_block(self, source: ModelSource, blob: int, block: int) -> DigestMismatchError:
         spec = self._specs[blob]
         return DigestMismatchError(
             f"blob {spec.digest.short()} from {source.origin}: block {block} is not what the model's block index says; "
-            "nothing of it was read or stored; check the registry's storage, or push the model again",
+            "nobody read any of it; check the registry's storage, or push the model again",
             subject=str(spec.digest),
         )
 
@@ -537,7 +374,7 @@ class FetchEngine:
         with self._lock:
             self._scheduler.done(blob, block)
             if not self._is_present(blob, block):  # from now on: until then the background passed over it
-                self._fetch_unwritten = True
+                self._intake.missed_writes = True
             self._final_tries.pop((blob, block), None)
             if fetched_bytes:
                 self._counters.fetched_bytes += fetched_bytes
@@ -574,7 +411,7 @@ class FetchEngine:
         again = error.retryable or isinstance(error, RegistryAuthError | CacheError)
         log.warning("fetch of %s blocks %d+%d: %s", self._specs[job.blob].digest.short(), job.first, job.count, error)
         with self._lock:
-            self._counters.last_error, self._counters.last_error_at = error, time.time()
+            self._counters.note_error(error)
             self._counters.retries += 1
             if isinstance(error, CacheError):
                 self._counters.cache_errors += 1
@@ -612,55 +449,23 @@ class FetchEngine:
                     return
                 self._lock.wait(left)
 
-    def _hash_loop(self) -> None:
-        """Check each blob's sha256 once its blocks are there, in order, while they are still in the page cache."""
-        buffer = memoryview(mmap.mmap(-1, blocks.BLOCK_BYTES))
-        for blob in range(len(self._specs)):
-            while self._hashes[blob] is None and self._writers[blob].state is BlobState.FILLING:
-                if not self._hash_blob(blob, buffer):
-                    return
+    def _stand_back(self) -> None:
+        """Where cores are scarce, hashing would take the one that a reader's bytes need: a block in a while is enough."""
+        if self._settings.cores < _SCARCE_CORES and self._readers_wait():
+            self._lock.wait_for(lambda: self._stopping or not self._readers_wait(), _HASH_PATIENCE_S)
 
-    def _hash_blob(self, blob: int, buffer: memoryview) -> bool:
-        """One pass over a blob; False when the engine stops. After a pass in which a file of it was replaced, its state is what
-        it was.
-        """
-        spec, writer = self._specs[blob], self._writers[blob]
-        hasher, generation = spec.digest.hasher(), writer.generation
-        for block in range(writer.block_count):
-            with self._lock:
-                while not writer.has(block) and not self._stopping and self._hashes[blob] is None:
-                    self._lock.wait()
-                if self._stopping:
-                    return False
-                if self._hashes[blob] is not None:
-                    return True  # proven by somebody else meanwhile
-                if self._settings.cores < _SCARCE_CORES and self._readers_wait():
-                    # Hashing would take the core that the reader's bytes need: a block in a while is enough.
-                    self._lock.wait_for(lambda: self._stopping or not self._readers_wait(), _HASH_PATIENCE_S)
-            view = buffer[: blocks.block_length(spec.size_bytes, block)]
-            _read_stored(writer, block, view)
-            hasher.update(view)
-        if writer.generation != generation:
-            return True
-        if hasher.hexdigest() == spec.digest.hex:
-            try:
-                if not writer.mark_verified(generation):
-                    return True
-            except CacheError as exc:
-                log.warning("blob %s is right, but cannot be kept: %s", spec.digest.short(), exc)
-            self._told_complete(blob)
-            return True
-        error = DigestMismatchError(
-            f"blob {spec.digest.short()} from {self._sources[0].origin}: the {spec.size_bytes} bytes received hash to "
-            f"{spec.digest.algorithm}:{hasher.hexdigest()[:12]}; reads of it fail from now on, and its cache is "
-            "dropped; check the registry's storage, or push the model again",
-            expected=str(spec.digest),
-            actual=f"{spec.digest.algorithm}:{hasher.hexdigest()}",
-            subject=str(spec.digest),
+    def _wrong_blob(self, blob: int, found: str) -> None:
+        spec = self._specs[blob]
+        self._on_wrong(
+            DigestMismatchError(
+                f"blob {spec.digest.short()} from {self._sources[0].origin}: the {spec.size_bytes} bytes received hash to "
+                f"{spec.digest.algorithm}:{found[:12]}; reads of it fail from now on, and its cache is dropped; check the "
+                "registry's storage, or push the model again",
+                expected=str(spec.digest),
+                actual=f"{spec.digest.algorithm}:{found}",
+                subject=str(spec.digest),
+            )
         )
-        writer.poison()
-        self._on_wrong(error)
-        return True
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -670,16 +475,6 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
         if position == len(numbers) or numbers[position] != numbers[position - 1] + 1:
             yield numbers[start], position - start
             start = position
-
-
-def _read_stored(writer: BlobWriter, block: int, view: memoryview) -> None:
-    """The whole block. Raises: CacheError, OSError."""
-    offset = block * blocks.BLOCK_BYTES
-    while view:
-        count = writer.read_into([view], offset)
-        if count == 0:
-            raise CacheError("a cache file is shorter than its blob")
-        view, offset = view[count:], offset + count
 
 
 def _delay_s(error: ModelMountError, failures: int) -> float:

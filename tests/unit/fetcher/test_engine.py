@@ -171,7 +171,7 @@ def assert_all_right(reader: Reader) -> None:
 def test_a_full_disk_is_no_error_for_readers_and_is_tried_again(
     area: int, indexed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("csi.fetcher.engine._CACHE_REST_S", 0.3)
+    monkeypatch.setattr("csi.fetcher.intake._CACHE_REST_S", 0.3)
     SlowWriter.full = True
     engine, reader = engine_on(area, MemorySource(), fill=True, indexed=indexed)
     for block in range(block_count(SIZE)):

@@ -1,0 +1,240 @@
+"""One block from the network to where readers find it: hashed, written and marked, or lent in memory.
+
+A block passes through memory in pieces that stay in a core's cache: each is received, hashed and written before the next
+one comes. So wrong bytes may be on the disk, but never under a mark, and nobody reads what is not marked.
+
+A reader never waits for the disk. Where a block cannot be written (full, broken, no room in the cache) or writing is
+slow, what readers asked for is lent to the worker in memory, and written behind that or not at all; see `csi.cache.ring`.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+
+from csi.cache.blob import BlobWriter, BlockWrite
+from csi.cache.ring import LendingRing
+from csi.errors import CacheError
+from csi.fetcher.counters import Counters
+from csi.integrity import index
+from csi.integrity.index import BlobHashes
+from csi.stream import blocks
+from csi.stream.ports import RangeReader
+
+log = logging.getLogger(__name__)
+
+PIECE_BYTES = 512 * 1024
+"""Measured: in whole blocks everything costs half as much again, in pieces of 256 KiB BLAKE3 costs twice as much."""
+_CACHE_REST_S = 5.0
+"""How long nothing is written after the cache refused a write."""
+_SLOW_WRITE_S, _QUICK_WRITE_S = 0.1, 0.01
+"""Seconds for a block, averaged: from the first on the disk may be slow, below the second it is quick again."""
+
+
+class Outcome(Enum):
+    """What became of a block that was received."""
+
+    TAKEN = auto()
+    """Readers have it, on disk or in memory; or nobody waits for it, and it could not be kept."""
+    DISPLACED = auto()
+    """Something else took its place in the cache meanwhile."""
+    WRONG = auto()
+    """It is not what its hash says."""
+
+
+class Intake:
+    """Thread-safe: one block is received by one thread. `lock` guards `counters` and what is said of each field here.
+
+    `on_lent` is that of the engine, and `on_written(blob, block)` tells of a block that was written behind its reader.
+    """
+
+    def __init__(
+        self,
+        writers: Sequence[BlobWriter],
+        ring: LendingRing | None,
+        counters: Counters,
+        lock: threading.Condition,
+        *,
+        on_lent: Callable[[int, int, int], bool],
+        on_written: Callable[[int, int], None],
+    ) -> None:
+        self._writers, self._ring, self._counters, self._lock = writers, ring, counters, lock
+        self._on_lent, self._on_written = on_lent, on_written
+        self._being_written: set[tuple[int, int]] = set()  # lent, and on its way to the disk; under the lock
+        self._behind: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()
+        self._no_writes_until = 0.0
+        self._write_s = self._receive_s = 0.0  # seconds that writing and receiving a block take, averaged
+        self._disk_is_slow = False
+        self.missed_writes = False
+        """Something was not written that should be fetched again when there is nothing better to do. Under the lock."""
+
+    @property
+    def disk_is_slow(self) -> bool:
+        """Readers would wait for it."""
+        return self._disk_is_slow
+
+    @property
+    def rest_s(self) -> float:
+        """How long nothing will be written yet, because the cache refused a write; 0 or less: it is tried."""
+        return self._no_writes_until - time.monotonic()
+
+    def write_again(self) -> None:
+        """There is room in the cache (again)."""
+        self._no_writes_until = 0.0
+
+    def has_room(self) -> bool:
+        """Whether a block can be lent to somebody who does not wait for it yet."""
+        return self._ring is not None and self._ring.free_slots > self._ring.slots // 4
+
+    def is_being_written(self, blob: int, block: int) -> bool:
+        """Lent, and not on the disk yet."""
+        return (blob, block) in self._being_written
+
+    def receive(
+        self,
+        reader: RangeReader,
+        blob: int,
+        block: int,
+        content: memoryview,
+        hashes: BlobHashes | None,
+        *,
+        wanted: bool,
+    ) -> Outcome:
+        """Read the next block of a range into `content`, a buffer of its length, and pass it on. Without `hashes` nothing is
+        checked here. `wanted`: somebody reads, and must not wait for a slow disk.
+
+        Raises: what `reader` raises; then nothing of the block is marked.
+        """
+        check = index.hasher() if hashes is not None else None
+        lend_first = self._disk_is_slow and wanted and self._ring is not None
+        write, refused = (None, False) if lend_first else self._begin(blob, block)
+        begun, writing_s = time.monotonic(), 0.0
+        for start in range(0, len(content), PIECE_BYTES):
+            piece = content[start : start + PIECE_BYTES]
+            reader.readinto(piece)
+            if check is not None:
+                check.update(piece)
+            if write is not None:
+                write_begun = time.monotonic()
+                if not self._write_piece(write, start, piece):
+                    write, refused = None, True
+                writing_s += time.monotonic() - write_begun
+        receiving_s = time.monotonic() - begun - writing_s
+        if check is not None and hashes is not None and not hashes.is_hash(block, check.digest()):
+            return Outcome.WRONG
+        if write is not None:
+            self._note_times(writing_s, receiving_s, len(content))
+            return Outcome.TAKEN if write.commit() else Outcome.DISPLACED
+        if refused:
+            self._lend(blob, block, content, write=False)
+            return Outcome.TAKEN
+        if lend_first:
+            self._note_times(None, receiving_s, len(content))
+            return Outcome.TAKEN if self._lend(blob, block, content, write=True) else self._write(blob, block, content)
+        return Outcome.DISPLACED
+
+    def write_loop(self) -> None:
+        """Write what was lent, for ever: for a thread of its own."""
+        assert self._ring is not None
+        while True:
+            blob, block, slot = self._behind.get()
+            content = self._ring.content(slot, blocks.block_length(self._writers[blob].size_bytes, block))
+            begun = time.monotonic()
+            try:
+                write = self._writers[blob].begin(block)
+                if write is not None:
+                    write.write(0, content)
+                    self._note_times(time.monotonic() - begun, None, len(content))
+                    if write.commit():
+                        self._on_written(blob, block)
+            except CacheError as exc:
+                self._refused(exc)
+            finally:
+                with self._lock:
+                    self._being_written.discard((blob, block))
+                self._ring.release(slot)
+
+    def _begin(self, blob: int, block: int) -> tuple[BlockWrite | None, bool]:
+        """A write, or None and whether the cache refused it (else another took the block's place)."""
+        try:
+            if self.rest_s > 0:
+                raise CacheError("the cache takes no writes at the moment")
+            return self._writers[blob].begin(block), False
+        except CacheError as exc:
+            self._refused(exc)
+            return None, True
+
+    def _write_piece(self, write: BlockWrite, start: int, piece: memoryview) -> bool:
+        try:
+            write.write(start, piece)
+        except CacheError as exc:
+            self._refused(exc)
+            return False
+        return True
+
+    def _write(self, blob: int, block: int, content: memoryview) -> Outcome:
+        """A whole block that could not be lent."""
+        begun = time.monotonic()
+        write, refused = self._begin(blob, block)
+        if refused or write is None:
+            return Outcome.TAKEN if refused else Outcome.DISPLACED
+        if not self._write_piece(write, 0, content):
+            return Outcome.TAKEN
+        self._note_times(time.monotonic() - begun, None, len(content))
+        return Outcome.TAKEN if write.commit() else Outcome.DISPLACED
+
+    def _lend(self, blob: int, block: int, content: memoryview, *, write: bool) -> bool:
+        """Give a block to the worker in memory, and `write` it behind its back if there is time. False: no room."""
+        slot = self._ring.lend(content) if self._ring is not None else None
+        if slot is None or self._ring is None:
+            return False
+        if write and self._ring.free_slots > self._ring.slots // 2:
+            self._ring.hold(slot)
+            with self._lock:
+                self._being_written.add((blob, block))
+            self._behind.put((blob, block, slot))
+        else:
+            with self._lock:
+                self._counters.unwritten_blocks += 1
+        with self._lock:
+            self._counters.lent_blocks += 1
+        if not self._on_lent(blob, block, slot):
+            self._ring.release(slot)
+        return True
+
+    def _refused(self, error: CacheError) -> None:
+        with self._lock:
+            self.missed_writes = True
+            now = time.monotonic()
+            if now < self._no_writes_until:
+                return
+            self._no_writes_until = now + _CACHE_REST_S
+            self._counters.cache_errors += 1
+            self._counters.note_error(error)
+        log.warning("%s; blocks go to readers without it for %g s", error, _CACHE_REST_S)
+
+    def _note_times(self, write_s: float | None, receive_s: float | None, size_bytes: int) -> None:
+        """Slow is a disk that holds up readers: slower than the network, and not for want of a core, which both feel."""
+        if size_bytes < blocks.BLOCK_BYTES:  # says more about the system calls than about the disk
+            return
+        if receive_s is not None:
+            self._receive_s += (receive_s - self._receive_s) / 8
+        if write_s is None:
+            return
+        self._write_s += (write_s - self._write_s) / 8
+        if self._disk_is_slow:
+            slow = self._write_s > _QUICK_WRITE_S and self._write_s > self._receive_s
+        else:
+            slow = self._write_s > max(_SLOW_WRITE_S, 2 * self._receive_s)
+        if self._disk_is_slow != slow:
+            self._disk_is_slow = slow
+            log.info(
+                "the cache's disk is %s: %.0f ms a block, the network takes %.0f ms",
+                "slow" if slow else "quick again",
+                self._write_s * 1000,
+                self._receive_s * 1000,
+            )
