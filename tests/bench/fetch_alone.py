@@ -30,7 +30,7 @@ def main() -> int:
     source = open_source(reference, SourceSettings(rules=rules, hosts=hosts))
     area_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     assert reference.digest is not None
-    index = load_index(area_fd, source, reference.digest, None)
+    index, _ = load_index(area_fd, source, reference.digest, None)
     specs = [BlobSpec(digest, hashes.size_bytes) for digest, hashes in index.items()]
     writers = [BlobWriter.open(area_fd, spec.digest, spec.size_bytes, b"-" * 16, recheck=True) for spec in specs]
     complete = threading.Semaphore(0)
