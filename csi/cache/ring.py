@@ -31,14 +31,19 @@ class LendingRing:
         self._holders = [0] * slots
         self._lock = threading.Lock()
 
-    def lend(self, content: memoryview) -> int | None:
-        """Copy a block into a free slot, which is held once from now on. None when there is none."""
+    def take(self) -> int | None:
+        """A free slot to put a block into, which is held once from now on. None when there is none."""
         with self._lock:
             slot = next((slot for slot in range(self.slots) if not self._holders[slot]), None)
-            if slot is None:
-                return None
-            self._holders[slot] = 1
-        self.content(slot, len(content))[:] = content
+            if slot is not None:
+                self._holders[slot] = 1
+            return slot
+
+    def lend(self, content: memoryview) -> int | None:
+        """As `take`, with a copy of a block in it."""
+        slot = self.take()
+        if slot is not None:
+            self.content(slot, len(content))[:] = content
         return slot
 
     def content(self, slot: int, length: int) -> memoryview:

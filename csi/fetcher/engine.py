@@ -306,7 +306,8 @@ class FetchEngine:
         if (rest := self._intake.rest_s) > 0:
             return (min(least, Priority.AHEAD) if self._intake.has_room() else Priority.DEMAND), rest
         if self._intake.disk_is_slow and self._readers_wait():
-            return min(least, Priority.AHEAD), _HASH_PATIENCE_S
+            # A block that finds no room in memory is written, and its reader waits for that.
+            return (min(least, Priority.AHEAD) if self._intake.has_room() else Priority.DEMAND), _HASH_PATIENCE_S
         return least, None
 
     def _fetch(self, job: Job, buffer: memoryview) -> None:

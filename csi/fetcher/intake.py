@@ -109,9 +109,28 @@ class Intake:
 
         Raises: what `reader` raises; then nothing of the block is marked.
         """
+        slot = self._ring.take() if self._disk_is_slow and wanted and self._ring is not None else None
+        if slot is None or self._ring is None:
+            return self._to_disk(reader, blob, block, content, hashes)
+        lent = False
+        try:
+            begun = time.monotonic()
+            content = self._ring.content(slot, len(content))
+            if not _receive(reader, content, hashes, block):
+                return Outcome.WRONG
+            self._note_times(None, time.monotonic() - begun, len(content))
+            self._lend(blob, block, slot, write=True)
+            lent = True
+        finally:
+            if not lent:
+                self._ring.release(slot)
+        return Outcome.TAKEN
+
+    def _to_disk(
+        self, reader: RangeReader, blob: int, block: int, content: memoryview, hashes: BlobHashes | None
+    ) -> Outcome:
         check = index.hasher() if hashes is not None else None
-        lend_first = self._disk_is_slow and wanted and self._ring is not None
-        write, refused = (None, False) if lend_first else self._begin(blob, block)
+        write, refused = self._begin(blob, block)
         begun, writing_s = time.monotonic(), 0.0
         for start in range(0, len(content), PIECE_BYTES):
             piece = content[start : start + PIECE_BYTES]
@@ -129,13 +148,11 @@ class Intake:
         if write is not None:
             self._note_times(writing_s, receiving_s, len(content))
             return Outcome.TAKEN if write.commit() else Outcome.DISPLACED
-        if refused:
-            self._lend(blob, block, content, write=False)
-            return Outcome.TAKEN
-        if lend_first:
-            self._note_times(None, receiving_s, len(content))
-            return Outcome.TAKEN if self._lend(blob, block, content, write=True) else self._write(blob, block, content)
-        return Outcome.DISPLACED
+        if not refused:
+            return Outcome.DISPLACED
+        if self._ring is not None and (slot := self._ring.lend(content)) is not None:
+            self._lend(blob, block, slot, write=False)
+        return Outcome.TAKEN
 
     def write_loop(self) -> None:
         """Write what was lent, for ever: for a thread of its own."""
@@ -176,35 +193,22 @@ class Intake:
             return False
         return True
 
-    def _write(self, blob: int, block: int, content: memoryview) -> Outcome:
-        """A whole block that could not be lent."""
-        begun = time.monotonic()
-        write, refused = self._begin(blob, block)
-        if refused or write is None:
-            return Outcome.TAKEN if refused else Outcome.DISPLACED
-        if not self._write_piece(write, 0, content):
-            return Outcome.TAKEN
-        self._note_times(time.monotonic() - begun, None, len(content))
-        return Outcome.TAKEN if write.commit() else Outcome.DISPLACED
-
-    def _lend(self, blob: int, block: int, content: memoryview, *, write: bool) -> bool:
-        """Give a block to the worker in memory, and `write` it behind its back if there is time. False: no room."""
-        slot = self._ring.lend(content) if self._ring is not None else None
-        if slot is None or self._ring is None:
-            return False
-        if write and self._ring.free_slots > self._ring.slots // 2:
+    def _lend(self, blob: int, block: int, slot: int, *, write: bool) -> None:
+        """Give a block in a slot that we hold to the worker, and `write` it behind its back if there is time."""
+        assert self._ring is not None
+        behind = write and self._ring.free_slots > self._ring.slots // 2
+        if behind:
             self._ring.hold(slot)
-            with self._lock:
-                self._being_written.add((blob, block))
-            self._behind.put((blob, block, slot))
-        else:
-            with self._lock:
-                self._counters.unwritten_blocks += 1
         with self._lock:
             self._counters.lent_blocks += 1
+            if behind:
+                self._being_written.add((blob, block))
+            else:
+                self._counters.unwritten_blocks += 1
+        if behind:
+            self._behind.put((blob, block, slot))
         if not self._on_lent(blob, block, slot):
             self._ring.release(slot)
-        return True
 
     def _refused(self, error: CacheError) -> None:
         with self._lock:
@@ -238,3 +242,14 @@ class Intake:
                 self._write_s * 1000,
                 self._receive_s * 1000,
             )
+
+
+def _receive(reader: RangeReader, content: memoryview, hashes: BlobHashes | None, block: int) -> bool:
+    """A whole block in memory. Whether it is right, as far as that is known."""
+    check = index.hasher() if hashes is not None else None
+    for start in range(0, len(content), PIECE_BYTES):
+        piece = content[start : start + PIECE_BYTES]
+        reader.readinto(piece)
+        if check is not None:
+            check.update(piece)
+    return check is None or hashes is None or hashes.is_hash(block, check.digest())
