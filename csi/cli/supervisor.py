@@ -111,7 +111,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="take block indexes that were attached to a model ('modelmount index build') if signed by this public key (PEM), "
         "or by one in this directory; read by each fetcher as it starts; may be repeated (default none)",
     )
-    group.add_argument("--fetch-threads", type=int, default=4, metavar="N", help="connections per mount (default 4)")
+    group.add_argument(
+        "--fetch-threads", type=int, default=4, metavar="N", help="connections per mount, to begin with (default 4)"
+    )
     group.add_argument(
         "--patience",
         type=float,

@@ -46,6 +46,7 @@ from csi.integrity.index import BlobHashes
 from csi.stream import blocks
 from csi.stream.ports import ModelSource
 from csi.stream.scheduler import Job, Priority, Scheduler
+from csi.stream.width import WINDOW_S, Width
 from csi.tree.model import BlobSpec
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ _FIRST_DELAY_S = 0.2
 _MAX_DELAY_S = 10.0
 
 _SCARCE_CORES = 4
+_ASKS_FOR_LESS = (429, 503)
 _HASH_PATIENCE_S = 0.1
 _FINAL_TRIES = 3
 _EVENT_INTERVAL_S = 10.0  # of a registry whose every block is wrong we need not speak every time
@@ -62,11 +64,12 @@ _AUTH_DELAY_S = 2.0  # new credentials wake the wait at once
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSettings:
-    """`threads` connections in all, one of them for readers only. `fill`: fetch the whole model in the background.
-    `cores`: how many this process may use.
+    """`threads` connections to begin with, one of them for readers only, and at most `most_threads` where that brings more.
+    `fill`: fetch the whole model in the background. `cores`: how many this process may use.
     """
 
     threads: int = 4
+    most_threads: int = 16
     fill: bool = True
     cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
 
@@ -127,12 +130,14 @@ class FetchEngine:
             on_written=on_block,
         )
         self._threads: list[threading.Thread] = []
+        self._width = Width(settings.threads, settings.most_threads)
+        self._fetching = 0  # threads that fetch or look for something to
+        self._window_began, self._window_bytes = 0.0, 0  # of fetching without a pause; 0.0: none yet
 
     def start(self) -> None:
         """Start the threads."""
-        for number in range(self._settings.threads):
-            least = Priority.AHEAD if number == 0 else Priority.BACKGROUND
-            self._spawn(f"fetch-{number}", functools.partial(self._fetch_loop, least))
+        with self._lock:
+            self._widen()
         if self._ring is not None:
             self._spawn("write", self._intake.write_loop)
         if None in self._hashes:
@@ -259,6 +264,31 @@ class FetchEngine:
         """Somebody reads what is not there yet: a demand, or the read-ahead of a reader that is only just fed."""
         return time.monotonic() - self._last_want < _HASH_PATIENCE_S
 
+    def _widen(self) -> None:
+        """Have as many fetch threads as should be. The first is for readers only. Call with the lock."""
+        while self._fetching < self._width.now and not self._stopping:
+            least = Priority.AHEAD if self._fetching == 0 else Priority.BACKGROUND
+            self._spawn(f"fetch-{self._fetching}", functools.partial(self._fetch_loop, least, self._fetching))
+            self._fetching += 1
+
+    def _note_rate(self, fetched_bytes: int) -> None:
+        """Call with the lock."""
+        now = time.monotonic()
+        if self._window_began:
+            self._window_bytes += fetched_bytes
+            if (seconds := now - self._window_began) < WINDOW_S:
+                return
+            before = self._width.now
+            if self._width.observe(self._window_bytes / seconds) != before:
+                log.info("%d ranges at once: %.0f MB/s", before, self._window_bytes / seconds / 1e6)
+            self._widen()
+        self._window_began, self._window_bytes = now, 0
+
+    def _nothing_to_fetch(self) -> None:
+        """Call with the lock."""
+        self._window_began = 0.0
+        self._width.interrupted()
+
     def _spawn(self, name: str, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
         self._threads.append(thread)
@@ -271,10 +301,10 @@ class FetchEngine:
         """Not for the background: it need only be checked, or comes from elsewhere."""
         return blob in self._held or self._intake.is_being_written(blob, block) or self._writers[blob].is_kept(block)
 
-    def _fetch_loop(self, least: Priority) -> None:
+    def _fetch_loop(self, least: Priority, number: int) -> None:
         buffer = block_buffer()
         failures = 0
-        while (job := self._next_job(least)) is not None:
+        while (job := self._next_job(least, number)) is not None:
             generation = self._generation
             try:
                 self._fetch(job, buffer)
@@ -285,9 +315,14 @@ class FetchEngine:
                 self._failed(job, error)
                 self._pause(_delay_s(error, failures), generation)
 
-    def _next_job(self, least: Priority) -> Job | None:
+    def _next_job(self, least: Priority, number: int) -> Job | None:
+        """None for a thread that is to end: the last ones, when fewer are wanted."""
         with self._lock:
             while not self._stopping:
+                if number >= self._width.now and number == self._fetching - 1:
+                    self._fetching -= 1
+                    self._lock.notify_all()
+                    return None
                 allowed, patience_s = self._allowed(least)
                 if job := self._scheduler.next_job(allowed):
                     return job
@@ -295,6 +330,8 @@ class FetchEngine:
                     self._intake.missed_writes = False
                     self._scheduler.rewind()
                     continue
+                if least is Priority.BACKGROUND:
+                    self._nothing_to_fetch()
                 self._lock.wait(patience_s)
         return None
 
@@ -381,6 +418,7 @@ class FetchEngine:
                 self._counters.fetched_bytes += fetched_bytes
                 self._counters.fetched_blocks += 1
                 self._counters.last_block_at = time.time()
+                self._note_rate(fetched_bytes)
             else:
                 self._counters.rechecked_blocks += 1
             self._lock.notify_all()
@@ -428,6 +466,9 @@ class FetchEngine:
                     del self._final_tries[missing[0]]
                     missing = missing[:1]
             self._scheduler.failed(job, again=again)
+            if error.fields.get("status") in _ASKS_FOR_LESS:
+                self._width.refused()
+                self._window_began = 0.0
         if isinstance(error, DigestMismatchError):
             self._tell_wrong(error)
         if not again:
