@@ -32,6 +32,7 @@ from support.registry_servers import (
     start_nginx,
 )
 
+from csi.cli.main import main
 from csi.credentials import Credential, Credentials
 from csi.errors import ModelNotFoundError, RegistryAuthError, RegistryError, RegistryUnavailableError, SizeMismatchError
 from csi.oci.digest import Digest
@@ -331,3 +332,23 @@ def test_which_registries_have_the_referrers_endpoint(
         listed = json.load(answer)
     assert listed["mediaType"] == "application/vnd.oci.image.index.v1+json"
     assert [entry["digest"] for entry in listed["manifests"]] == [attached.digest]
+
+
+def test_a_push_uses_the_certificates_of_hosts_toml(proxy: str, certificate: Path, tmp_path: Path) -> None:
+    """And inspect and ls read what was pushed in the same way."""
+    directory = tmp_path / "certs.d" / (proxy.replace(":", "_") + "_")
+    directory.mkdir(parents=True)
+    (tmp_path / "model.bin").write_bytes(CONTENT)
+    flags = ["--registry-config-dir", str(tmp_path / "certs.d")]
+    reference = f"{proxy}/team/by-hosts-toml:v1"
+    (directory / "hosts.toml").write_text(f'server = "https://{proxy}"\n')
+    assert main(["push", str(tmp_path / "model.bin"), reference, *flags]) == 1
+    (directory / "ca.pem").write_text(Path(f"{certificate}.crt").read_text())
+    (directory / "hosts.toml").write_text(f'server = "https://{proxy}"\nca = "ca.pem"\n')
+    assert main(["push", str(tmp_path / "model.bin"), reference, *flags]) == 0
+    assert main(["inspect", reference, *flags]) == 0
+    assert main(["ls", reference, *flags]) == 0
+    (directory / "hosts.toml").write_text(
+        f'server = "https://{proxy}"\nca = "ca.pem"\ncapabilities = ["pull", "resolve"]\n'
+    )
+    assert main(["push", str(tmp_path / "model.bin"), reference, *flags]) == 1

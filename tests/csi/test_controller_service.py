@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -335,3 +336,22 @@ def test_an_index_is_pinned_as_it_is_and_a_variant_says_how_large_the_model_is(
     error = refusal(lambda: controller.create(name_of(), {"reference": parameters["reference"]}))
     assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
     assert "org.example.quantization=q4" in error.details()
+
+
+def test_mirrors_and_logins_of_its_own(tmp_path: Path) -> None:
+    """The registry wants a login that no StorageClass names; a mirror is asked first, and does not have it."""
+    with FakeRegistry("ann", "pa55word") as registry, FakeRegistry() as mirror:
+        registry.add_model("team/model", "prod", FILES)
+        directory = tmp_path / "certs.d" / (registry.host.replace(":", "_") + "_")
+        directory.mkdir(parents=True)
+        (directory / "hosts.toml").write_text(f'[host."http://{mirror.host}"]\n')
+        auths = {"auths": {registry.host: {"username": "ann", "password": "pa55word"}}}
+        (tmp_path / "config.json").write_text(json.dumps(auths))
+        parameters = {"reference": f"{registry.host}/team/model:prod"}
+        flags = [f"--volume-dir={tmp_path}/volumes", f"--registry-config-dir={tmp_path}/certs.d"]
+        with ControllerProcess(tmp_path / "without", *flags) as controller:
+            assert refusal(lambda: controller.create("pvc-x", parameters)).code() == grpc.StatusCode.PERMISSION_DENIED
+        with ControllerProcess(tmp_path / "with", *flags, f"--registry-config={tmp_path}/config.json") as controller:
+            assert controller.create("pvc-x", parameters, required_bytes=1).capacity_bytes == SIZE
+        assert mirror.requests("/manifests/")
+        assert {seen.authorization for seen in mirror.seen} == {None}

@@ -40,7 +40,7 @@ def _push_blob(
     status, _, body = _send(
         connection,
         "PUT",
-        f"{path}&digest={digest}",
+        f"{path}{'&' if '?' in path else '?'}digest={digest}",
         data,
         headers | {"Content-Type": "application/octet-stream"},
     )

@@ -126,7 +126,10 @@ http {{
   limit_req_zone $binary_remote_addr zone=one:1m rate=2r/s;
   server {{
     listen 127.0.0.1:{port} ssl; ssl_certificate {certificate}; ssl_certificate_key {certificate};
-    location / {{ proxy_pass http://{upstream}; proxy_set_header Host $http_host; }}
+    location / {{
+      proxy_pass http://{upstream}; proxy_set_header Host $http_host; proxy_set_header X-Forwarded-Proto $scheme;
+      client_max_body_size 0; proxy_request_buffering off; proxy_http_version 1.1;
+    }}
     location /limited/ {{
       limit_req zone=one; limit_req_status 429; add_header Retry-After 1 always;
       proxy_pass http://{upstream}/;
