@@ -72,8 +72,10 @@ def run(args: argparse.Namespace) -> int:
     from importlib.metadata import version
 
     from csi.driver.server import serve_controller
+    from csi.jail.privileges import undumpable
 
     logs.set_up("controller", args.log_level)
+    undumpable()  # credentials pass through it
     if not args.endpoint:
         raise InvalidVolumeError("no CSI endpoint: give --endpoint unix:///path.sock or set CSI_ENDPOINT")
     client = None

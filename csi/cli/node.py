@@ -112,8 +112,9 @@ def run(args: argparse.Namespace) -> int:
         from csi.cli.process_tree import run_tree
 
         return run_tree(args)
-    from csi.jail.privileges import keep_only, no_new_privileges
+    from csi.jail.privileges import keep_only, no_new_privileges, undumpable
 
+    undumpable()  # credentials pass through it
     keep_only(frozenset())
     no_new_privileges()
     import asyncio

@@ -197,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
     import asyncio
 
     from csi.fuse.handshake import BackendName
-    from csi.jail.privileges import keep_only, no_new_privileges
+    from csi.jail.privileges import keep_only, no_new_privileges, undumpable
     from csi.supervisor.main import serve
     from csi.supervisor.settings import SupervisorSettings
 
@@ -207,6 +207,7 @@ def run(args: argparse.Namespace) -> int:
     for path in args.index_key:
         if not os.path.exists(path):  # else no fetcher would start
             raise InvalidVolumeError(f"--index-key {path}: no such file or directory", field="index-key")
+    undumpable()  # it holds every volume's credentials
     is_root = os.geteuid() == 0
     if is_root:
         keep_only(_CAPABILITIES)

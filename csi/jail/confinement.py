@@ -95,7 +95,6 @@ class Confinement:
         else:
             no_new_privileges()
         undumpable()
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if self.memory_mib:
             resource.setrlimit(resource.RLIMIT_DATA, (self.memory_mib * _MIB, self.memory_mib * _MIB))
         missing = []

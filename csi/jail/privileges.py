@@ -88,7 +88,8 @@ def no_new_privileges() -> None:
 
 
 def undumpable() -> None:
-    """No core, and no process of the same user may look into this one."""
+    """No core, whatever the limits of the system, and no process of the same user may look into this one."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 

@@ -6,16 +6,19 @@ import base64
 import contextlib
 import json
 import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
+from fakes.kube_api import FakeKubeApi
 from fakes.registry import FakeRegistry
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.controller_process import ControllerProcess, create_request
-from support.node_process import NodeProcess, publish_request
+from support.node_process import NodeProcess, alive, process_of, publish_request
 
 from csi.wire import csi_pb2
 
@@ -28,9 +31,21 @@ SECRETS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]),
 KEYS = st.sampled_from(["username", "password", ".dockerconfigjson", ".dockercfg", "token", TOKENS])
 
 
+POD = {f"csi.storage.k8s.io/pod.{key}": value for key, value in {"namespace": "apps", "name": "p", "uid": "u"}.items()}
+
+
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    with NodeProcess(tmp_path_factory.mktemp("node"), "--log-level=debug", "--spares=0") as process:
+def api() -> Iterator[FakeKubeApi]:
+    """Where events go."""
+    with FakeKubeApi() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory, api: FakeKubeApi) -> Iterator[NodeProcess]:
+    directory = tmp_path_factory.mktemp("node")
+    kubeconfig = api.kubeconfig(directory / "kubeconfig")
+    with NodeProcess(directory, "--log-level=debug", "--spares=0", f"--kubeconfig={kubeconfig}") as process:
         yield process
 
 
@@ -73,6 +88,7 @@ def test_no_canary_is_found_anywhere(
     node: NodeProcess,
     controller: ControllerProcess,
     registry: FakeRegistry,
+    api: FakeKubeApi,
     secrets: dict[str, str],
     token: str,
     as_config: bool,
@@ -84,7 +100,7 @@ def test_no_canary_is_found_anywhere(
     said: list[str] = []
     target = node.target()
     request = publish_request(
-        reference, target, secrets=secrets, attributes={TOKENS: json.dumps({"a": {"token": token}})}
+        reference, target, secrets=secrets, attributes={TOKENS: json.dumps({"a": {"token": token}})} | POD
     )
     request.volume_capability.mount.mount_flags.append("ro")
     for attempt in (request, _with_bad_flag(request, token)):
@@ -97,10 +113,46 @@ def test_no_canary_is_found_anywhere(
         )
     said.append(str(caught.value.details()))
     said.append(json.dumps(node.status()))
+    events = api.below("/namespaces/apps/events/")
+    assert events, "a refusal is told"
+    said.append(json.dumps(events, ensure_ascii=False))
     for text in said:
         assert CANARY not in text
     for file, content in written_below(node.directory, controller.log_path.parent):
         assert all(form not in content for form in forms(token)), file
+
+
+def test_no_process_leaves_a_core_with_what_it_knows(tmp_path: Path, registry: FakeRegistry) -> None:
+    """However the system's limits and its core pattern (here often `core`, in the working directory) are set."""
+    place = tmp_path / "cwd"
+    place.mkdir()
+    unlimited = ("sh", "-c", f'ulimit -c unlimited && cd {place} && exec "$@"', "unlimited")
+    source = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    with NodeProcess(
+        tmp_path / "n", "--spares=0", under=("env", *(f"{k}={v}" for k, v in source.items()), *unlimited)
+    ) as node:
+        target = node.target()
+        node.publish(
+            f"{registry.host}/team/model:v1", target, secrets={"username": "somebody", "password": "something"}
+        )
+        (mount,) = node.status()
+        for pid in (
+            mount["worker_pid"],
+            mount["fetcher_pid"],
+            process_of(node.pid, "store"),
+            process_of(node.pid, "node"),
+            process_of(node.pid, "supervisor"),
+        ):
+            limits = Path(f"/proc/{pid}/limits").read_text()
+            (core,) = [line.split()[4:6] for line in limits.splitlines() if line.startswith("Max core file size")]
+            assert core == ["0", "0"], pid
+            os.kill(pid, signal.SIGSEGV)
+            deadline = time.monotonic() + 60
+            while alive(pid):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        assert [path.name for path in place.iterdir() if "core" in path.name] == []
+        node.stop()
 
 
 def _with_bad_flag(request: csi_pb2.NodePublishVolumeRequest, token: str) -> csi_pb2.NodePublishVolumeRequest:
