@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,15 @@ from e2e.api import DRIVER
 from e2e.local_cluster import LocalCluster
 
 from csi.wire import csi_pb2, csi_pb2_grpc
+
+FINALIZER = "external-provisioner.volume.kubernetes.io/finalizer"
+_REPEATED = (
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNAVAILABLE,
+)
 
 
 @contextmanager
@@ -28,8 +38,8 @@ def controller_of(cluster: LocalCluster) -> Iterator[csi_pb2_grpc.ControllerStub
             yield csi_pb2_grpc.ControllerStub(channel)
 
 
-def provision(cluster: LocalCluster, claim: dict[str, Any]) -> str:
-    """Make the claim's PersistentVolume. Returns its name. Raises: grpc.RpcError as the controller answers."""
+def create_request(cluster: LocalCluster, claim: dict[str, Any]) -> csi_pb2.CreateVolumeRequest:
+    """CreateVolume as external-provisioner sends it for that claim, with `--extra-create-metadata`."""
     metadata, storage_class = claim["metadata"], claim["spec"]["storageClassName"]
     parameters = cluster.request("GET", f"/apis/storage.k8s.io/v1/storageclasses/{storage_class}")["parameters"]
     name = f"pvc-{metadata['uid']}"
@@ -46,19 +56,46 @@ def provision(cluster: LocalCluster, claim: dict[str, Any]) -> str:
     capability = request.volume_capabilities.add()
     capability.mount.SetInParent()
     capability.access_mode.mode = csi_pb2.VolumeCapability.AccessMode.MULTI_NODE_READER_ONLY
-    with controller_of(cluster) as controller:
-        volume = controller.CreateVolume(request, timeout=30).volume
+    return request
+
+
+def create_volume(cluster: LocalCluster, request: csi_pb2.CreateVolumeRequest) -> csi_pb2.Volume:
+    """Repeated, as external-provisioner does, while the controller is away or busy with that volume; 15 s each.
+
+    Raises: grpc.RpcError for any other answer.
+    """
+    deadline, delay_s = time.monotonic() + 120, 0.2
+    while True:
+        try:
+            with controller_of(cluster) as controller:
+                answer: csi_pb2.CreateVolumeResponse = controller.CreateVolume(request, timeout=15)
+                return answer.volume
+        except (grpc.RpcError, ValueError) as exc:  # ValueError: its pod is being replaced
+            if (isinstance(exc, grpc.RpcError) and exc.code() not in _REPEATED) or time.monotonic() > deadline:
+                raise
+        time.sleep(delay_s)
+        delay_s = min(5.0, delay_s * 2)
+
+
+def persist(cluster: LocalCluster, claim: dict[str, Any], volume: csi_pb2.Volume) -> str:
+    """The PersistentVolume, bound to its claim in advance and held by the provisioner's finalizer. Returns its name."""
+    metadata = claim["metadata"]
+    name = f"pvc-{metadata['uid']}"
     cluster.request(
         "POST",
         "/api/v1/persistentvolumes",
         {
             "apiVersion": "v1",
             "kind": "PersistentVolume",
-            "metadata": {"name": name},
+            "metadata": {
+                "name": name,
+                "annotations": {"pv.kubernetes.io/provisioned-by": DRIVER},
+                "finalizers": [FINALIZER],
+            },
             "spec": {
                 "capacity": {"storage": str(volume.capacity_bytes)},
                 "accessModes": claim["spec"]["accessModes"],
-                "storageClassName": storage_class,
+                "storageClassName": claim["spec"]["storageClassName"],
                 "persistentVolumeReclaimPolicy": "Delete",
                 "claimRef": {
                     "apiVersion": "v1",
@@ -76,11 +113,16 @@ def provision(cluster: LocalCluster, claim: dict[str, Any]) -> str:
     return name
 
 
+def provision(cluster: LocalCluster, claim: dict[str, Any]) -> str:
+    """Make the claim's PersistentVolume. Returns its name. Raises: grpc.RpcError as the controller answers."""
+    return persist(cluster, claim, create_volume(cluster, create_request(cluster, claim)))
+
+
 def unprovision(cluster: LocalCluster, name: str) -> None:
-    """After the claim's end: DeleteVolume, and the object goes."""
-    volume = cluster.request("GET", f"/api/v1/persistentvolumes/{name}")
+    """After the claim's end: DeleteVolume, then the object and its finalizer go."""
+    path = f"/api/v1/persistentvolumes/{name}"
+    handle = cluster.request("GET", path)["spec"]["csi"]["volumeHandle"]
     with controller_of(cluster) as controller:
-        controller.DeleteVolume(
-            csi_pb2.DeleteVolumeRequest(volume_id=volume["spec"]["csi"]["volumeHandle"]), timeout=30
-        )
-    cluster.request("DELETE", f"/api/v1/persistentvolumes/{name}")
+        controller.DeleteVolume(csi_pb2.DeleteVolumeRequest(volume_id=handle), timeout=30)
+    cluster.request("DELETE", path)
+    cluster.request("PATCH", path, {"metadata": {"finalizers": None}})

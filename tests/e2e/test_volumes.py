@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import base64
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from e2e.api import KubernetesApi
+import requests
+from e2e.api import NAMESPACE, KubernetesApi
 from e2e.local_cluster import ADDRESS, LocalCluster
 from e2e.models import HASH, MOUNTS, Model, claim_of, inline, persistent_volume
-from e2e.provisioner import provision, unprovision
+from e2e.provisioner import controller_of, create_request, create_volume, persist, provision, unprovision
 from registry_process import PASSWORD, USERNAME, RegistryProcess
+
+from csi.wire import csi_pb2
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), pytest.mark.usefixtures("clean")]
 
@@ -83,6 +87,81 @@ def test_a_claim_per_version_names_its_model_by_an_annotation(
     assert cluster.request("GET", "/apis/csi.modelmount.dev/v1alpha1/modelvolumes")["items"] == []
 
 
+def test_a_claims_whole_life_as_external_provisioner_drives_it(
+    cluster: KubernetesApi, local_cluster: LocalCluster, model: Model
+) -> None:
+    """Repeats at once, a tag that moves, a controller that is replaced, another wish under the same name; then the claim's
+    end, which waits for its pod, and the volume's, which waits for its finalizer.
+    """
+    claims, moving = "/api/v1/namespaces/default/persistentvolumeclaims", f"{model.repository}:moving"
+    _move_tag(model, "v1", "moving")
+    claim = cluster.request(
+        "POST",
+        claims,
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": "life", "annotations": {"csi.modelmount.dev/reference": moving}},
+            "spec": {
+                "accessModes": ["ReadOnlyMany"],
+                "storageClassName": "models",
+                "resources": {"requests": {"storage": "1Gi"}},
+            },
+        },
+    )
+    request = create_request(local_cluster, claim)
+    with ThreadPoolExecutor(max_workers=6) as threads:
+        first, *others = threads.map(lambda _: create_volume(local_cluster, request), range(6))
+    assert all(other == first for other in others)
+    assert first.volume_context["reference"].endswith(model.references["v1"].rpartition("@")[2])
+    _move_tag(model, "v2", "moving")
+    (pod,) = cluster.driver_pods("controller")
+    cluster.request("DELETE", f"/api/v1/namespaces/{NAMESPACE}/pods/{pod['metadata']['name']}")
+    cluster.wait_rolled_out("controller")
+    assert create_volume(local_cluster, request) == first
+    other = csi_pb2.CreateVolumeRequest()
+    other.CopyFrom(request)
+    other.parameters["verify"] = "whole"
+    with pytest.raises(grpc.RpcError) as refused:
+        create_volume(local_cluster, other)
+    assert refused.value.code() is grpc.StatusCode.ALREADY_EXISTS
+
+    name = persist(local_cluster, claim, first)
+
+    def phase_of(path: str) -> str:
+        found = cluster.get(path)
+        return "gone" if found is None else str(found["status"].get("phase"))
+
+    cluster.wait("the claim to be bound", lambda: phase_of(f"{claims}/life") == "Bound", 60)
+    volumes = [{"name": "model", "persistentVolumeClaim": {"claimName": "life", "readOnly": True}}]
+    cluster.run_pod("life", f"{HASH}; sleep 600", volumes, MOUNTS)
+    cluster.wait_running("life")
+    cluster.request("DELETE", f"{claims}/life")
+    assert cluster.get(f"{claims}/life") is not None, "a claim that a pod uses stays"
+    assert cluster.kubectl("exec", "life", "--", "cat", "/models/version.txt") == "v1"
+    cluster.delete_pod("life")
+    cluster.wait("the claim to go", lambda: phase_of(f"{claims}/life") == "gone", 60)
+    path = f"/api/v1/persistentvolumes/{name}"
+    cluster.wait("the volume to be released", lambda: phase_of(path) == "Released", 60)
+    cluster.request("DELETE", path)
+    assert cluster.get(path) is not None, "the finalizer holds it until the record is deleted"
+    for _ in range(2):  # the second is a repeat
+        with controller_of(local_cluster) as controller:
+            controller.DeleteVolume(csi_pb2.DeleteVolumeRequest(volume_id=first.volume_id), timeout=30)
+    cluster.request("PATCH", path, {"metadata": {"finalizers": None}})
+    cluster.wait("the volume to go", lambda: cluster.get(path) is None, 30)
+    assert cluster.request("GET", "/apis/csi.modelmount.dev/v1alpha1/modelvolumes")["items"] == []
+
+
+def _move_tag(model: Model, version: str, tag: str) -> None:
+    host, _, repository = model.repository.partition("/")
+    url = f"http://{host}/v2/{repository}/manifests"
+    kind = "application/vnd.oci.image.manifest.v1+json"
+    found = requests.get(f"{url}/{version}", headers={"Accept": kind}, timeout=30)
+    put = requests.put(f"{url}/{tag}", data=found.content, headers={"Content-Type": kind}, timeout=30)
+    assert put.status_code == 201, put.text
+
+
 def test_a_claim_cannot_name_a_repository_its_class_does_not_list(
     cluster: KubernetesApi, local_cluster: LocalCluster, registry_host: str
 ) -> None:
@@ -109,14 +188,16 @@ def test_a_claim_cannot_name_a_repository_its_class_does_not_list(
 
 def test_a_sub_path_of_a_file_and_of_a_directory(cluster: KubernetesApi, model: Model) -> None:
     mounts = [
-        {"name": "model", "mountPath": "/models/weights", "subPath": "weights", "readOnly": True},
+        {"name": "model", "mountPath": "/models/weights", "subPathExpr": "$(PART)", "readOnly": True},
         {"name": "model", "mountPath": "/version", "subPath": "version.txt", "readOnly": True},
     ]
     command = (
         "cat /version > /dev/termination-log; ls /models/weights >> /dev/termination-log;"
         "sha256sum < /models/weights/model.safetensors | cut -d' ' -f1 >> /dev/termination-log"
     )
-    cluster.run_pod("subpath", command, inline(model.references["v2"]), mounts)
+    pod = cluster.pod_of("subpath", command, inline(model.references["v2"]), mounts)
+    pod["spec"]["containers"][0]["env"] = [{"name": "PART", "value": "weights"}]
+    cluster.create("pods", pod)
     assert cluster.result("subpath") == (0, f"v2model.safetensors\n{model.digests['v2']}")
 
 
