@@ -45,3 +45,14 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_tests_that_show_kubelets_behaviour_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "tests" / "csi" / "README.md").read_text(encoding="utf-8")))
+    assert len(named) > 60
+    defined = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert named <= defined, sorted(named - defined)
