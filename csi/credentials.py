@@ -38,16 +38,19 @@ _DOCKER_HUB_KEY = "index.docker.io"
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """One login. Exactly one of these is set: a password, an identity token, a registry token.
+    """One login. Exactly one of these is set: a password, an identity token, a registry token, a subject token.
 
     An identity token is a refresh token: the registry's token service takes it, the registry does not. A registry
-    token is sent to the registry as it is.
+    token is sent to the registry as it is. A subject token is exchanged at `exchange_url` (RFC 8693) for the password of
+    `username`; the registry sees only that.
     """
 
     username: str = ""
     password: str = field(default="", repr=False)
     identity_token: str = field(default="", repr=False)
     registry_token: str = field(default="", repr=False)
+    subject_token: str = field(default="", repr=False)
+    exchange_url: str = ""
 
 
 Credentials = tuple[Credential, ...]
@@ -275,7 +278,7 @@ def _header_safe(token: str, what: str) -> str:
 
 
 def _texts(one: Credential) -> dict[str, str]:
-    names = ("username", "password", "identity_token", "registry_token")
+    names = ("username", "password", "identity_token", "registry_token", "subject_token", "exchange_url")
     return {name: text for name in names if (text := getattr(one, name))}
 
 

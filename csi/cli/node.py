@@ -63,7 +63,8 @@ def add_parser(subparsers: Any) -> None:
         default=[],
         metavar="REGISTRY=METHOD",
         help="log in to this registry with the pod's service-account token (tokenRequests of the CSIDriver object): METHOD is "
-        "'identity' (its token service exchanges it), 'bearer' (it takes the token itself), or 'basic:USER'; may be repeated",
+        "'identity' (its token service exchanges it), 'bearer' (it takes the token itself), 'basic:USER', or "
+        "'exchange:USER:URL' (the token service at URL gives USER's password for it, by RFC 8693); may be repeated",
     )
     events = parser.add_mutually_exclusive_group()
     events.add_argument(

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from urllib.parse import urlsplit
 
 from csi.credentials import Credential, Credentials
 from csi.driver.credentials import TOKENS_KEY
@@ -27,28 +28,39 @@ class Method(StrEnum):
     """The registry takes it as it is."""
     BASIC = "basic"
     """It is the password of a user."""
+    EXCHANGE = "exchange"
+    """A token service of the administrator's exchanges it for the password of a user (RFC 8693)."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogin:
-    """`username` is for BASIC."""
+    """`username` is for BASIC and EXCHANGE, `url` for EXCHANGE."""
 
     method: Method
     username: str = ""
+    url: str = ""
 
 
 def parse_token_logins(texts: Iterable[str]) -> dict[str, TokenLogin]:
-    """From `REGISTRY=METHOD` and `REGISTRY=basic:USER`. Raises: InvalidVolumeError."""
+    """From `REGISTRY=METHOD`, `REGISTRY=basic:USER` and `REGISTRY=exchange:USER:URL`. Raises: InvalidVolumeError."""
     logins = {}
     for text in texts:
         registry, _, method_text = text.partition("=")
         name, _, username = method_text.partition(":")
-        if not registry or "/" in registry or name not in set(Method) or (name == Method.BASIC) != bool(username):
+        username, _, url = username.partition(":") if name == Method.EXCHANGE else (username, "", "")
+        if (
+            not registry
+            or "/" in registry
+            or name not in set(Method)
+            or (name in (Method.BASIC, Method.EXCHANGE)) != bool(username)
+            or (name == Method.EXCHANGE) != _is_web_address(url)
+        ):
             raise InvalidVolumeError(
-                f"--token-login {text[:100]!r}: expected REGISTRY=identity, REGISTRY=bearer or REGISTRY=basic:USER",
+                f"--token-login {text[:100]!r}: expected REGISTRY=identity, REGISTRY=bearer, REGISTRY=basic:USER or "
+                "REGISTRY=exchange:USER:https://...",
                 field="token-login",
             )
-        logins[registry.lower()] = TokenLogin(Method(name), username)
+        logins[registry.lower()] = TokenLogin(Method(name), username, url)
     return logins
 
 
@@ -74,6 +86,8 @@ def token_credentials(
             return (Credential(registry_token=token),)
         case Method.BASIC:
             return (Credential(username=login.username, password=token),)
+        case Method.EXCHANGE:
+            return (Credential(username=login.username, subject_token=token, exchange_url=login.url),)
 
 
 def service_account_of(volume_context: Mapping[str, str]) -> str:
@@ -81,6 +95,11 @@ def service_account_of(volume_context: Mapping[str, str]) -> str:
     namespace = volume_context.get("csi.storage.k8s.io/pod.namespace", "")
     name = volume_context.get("csi.storage.k8s.io/serviceAccount.name", "")
     return f"{namespace}/{name}" if namespace and name else ""
+
+
+def _is_web_address(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme in ("https", "http") and bool(parts.hostname) and "@" not in parts.netloc
 
 
 def _token(text: str, audience: str) -> str:

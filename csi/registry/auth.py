@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from csi.credentials import Credential, Credentials
 from csi.errors import RegistryAuthError, RegistryUnavailableError
 from csi.registry.headers import Challenge
-from csi.registry.token_service import basic, exchange
+from csi.registry.token_service import basic, exchange, exchange_subject
 from csi.registry.transport import Transport
 
 _USED_SHARE = 0.8
@@ -70,6 +70,8 @@ class Authenticator:
         self._challenge: Challenge | None = None
         self._tokens: dict[_Key, _Held] = {}
         self._fetching: set[_Key] = set()
+        self._passwords: dict[Credential, _Held] = {}
+        self._exchanging = threading.Lock()
 
     def has_credentials(self) -> bool:
         """Whether there is anybody to ask as."""
@@ -117,6 +119,7 @@ class Authenticator:
             self._candidates = credentials or (None,)
             self._works = 0
             self._tokens.clear()
+            self._passwords = {}
             self._lock.notify_all()
 
     def _next(self, used: Authorization, error: RegistryAuthError | None = None) -> Authorization | None:
@@ -141,6 +144,13 @@ class Authenticator:
         wanted = replace(wanted, generation=generation)
         if challenge is None:
             return wanted
+        if credential is not None and credential.subject_token:
+            try:
+                credential = self._exchanged(credential)
+            except RegistryAuthError as error:
+                following = self._next(wanted, error)
+                assert following is not None
+                return following
         if challenge.scheme == "basic":
             if credential is not None and credential.password:
                 return replace(wanted, header=basic(credential))
@@ -154,6 +164,26 @@ class Authenticator:
             assert following is not None
             return following
         return replace(wanted, header=f"Bearer {value}", is_fresh=is_fresh or refused is not None)
+
+    def _exchanged(self, credential: Credential) -> Credential:
+        """The login that a subject token stands for; one thread asks, the others wait for it.
+
+        Raises: RegistryAuthError, RegistryUnavailableError.
+        """
+        with self._exchanging:
+            now = time.monotonic()
+            held = self._passwords.get(credential)
+            if held is None or now >= held.renew_at:
+                try:
+                    token = exchange_subject(self._transport, self._base, credential)
+                except RegistryUnavailableError:
+                    if held is None or now >= held.ends_at:
+                        raise
+                else:
+                    used_s = token.lifetime_s * _USED_SHARE
+                    held = _Held(token.value, now, now + used_s, now + token.lifetime_s)
+                    self._passwords = {credential: held}
+            return Credential(credential.username, held.value)
 
     def _token(
         self,

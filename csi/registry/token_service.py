@@ -3,6 +3,8 @@
     GET     with Basic credentials or none, which every service knows
     POST    OAuth2, for identity tokens (`refresh_token`), and for passwords where the service knows no GET
 
+And before it, where a login begins with a token of somebody else's: its exchange for a password.
+
 Source: distribution docs, spec/auth/token and spec/auth/oauth.
 """
 
@@ -14,7 +16,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
 from csi.credentials import Credential
 from csi.errors import ModelMountError, RegistryAuthError, RegistryUnavailableError
@@ -23,7 +25,7 @@ from csi.registry.headers import Challenge, parse_retry_after
 from csi.registry.realm import check_realm
 from csi.registry.transport import Response, Transport
 
-_CLIENT_ID = "modelmount"
+_CLIENT = {"client_id": "modelmount"}
 _MAX_ANSWER_BYTES = 1024 * 1024
 _DEFAULT_LIFETIME_S = 60.0  # where the service does not say (distribution spec/auth/token)
 _LONGEST_LIFETIME_S = 24 * 3600.0
@@ -51,14 +53,30 @@ def exchange(
         asked["service"] = service
     if credential is not None and credential.identity_token:
         secret = {"grant_type": "refresh_token", "refresh_token": credential.identity_token}
-        return _token(_post(transport, realm, asked | secret), base, realm)
+        return _token(_post(transport, realm, asked | secret | _CLIENT), base, realm)
     headers = {"Authorization": basic(credential)} if credential is not None else {}
     response = transport.get(f"{realm}{'&' if '?' in realm else '?'}{urlencode(asked)}", headers)
     if response.status in (404, 405) and credential is not None:
         response.discard()
         secret = {"grant_type": "password", "username": credential.username, "password": credential.password}
-        response = _post(transport, realm, asked | secret)
+        response = _post(transport, realm, asked | secret | _CLIENT)
     return _token(response, base, realm)
+
+
+def exchange_subject(transport: Transport, base: str, credential: Credential) -> Token:
+    """The password of a login whose subject token an administrator's token service exchanges. What its URL has behind the
+    question mark (an audience, a scope) goes into the form.
+
+    Raises: RegistryAuthError, RegistryUnavailableError. Source: RFC 8693, section 2.1.
+    """
+    url, _, query = credential.exchange_url.partition("?")
+    form = dict(parse_qsl(query)) | {
+        "grant_type": "urn:ietf:params:oauth:grant-type:token-exchange",
+        "requested_token_type": "urn:ietf:params:oauth:token-type:access_token",
+        "subject_token_type": "urn:ietf:params:oauth:token-type:jwt",
+        "subject_token": credential.subject_token,
+    }
+    return _token(_post(transport, url, form), base, url)
 
 
 def basic(credential: Credential) -> str:
@@ -67,7 +85,7 @@ def basic(credential: Credential) -> str:
 
 
 def _post(transport: Transport, realm: str, form: dict[str, str]) -> Response:
-    body = urlencode(form | {"client_id": _CLIENT_ID}).encode()
+    body = urlencode(form).encode()
     return transport.post(realm, {"Content-Type": "application/x-www-form-urlencoded"}, body)
 
 

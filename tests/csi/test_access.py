@@ -174,6 +174,36 @@ def test_a_service_account_token_logs_in_and_its_rotation_is_a_no_op(tmp_path: P
             assert "second-token" not in node.log_path.read_text()
 
 
+def was_exchanged(sts: FakeRegistry, token: str) -> bool:
+    return any(token in seen.form for seen in sts.requests("/sts"))
+
+
+def test_a_service_account_token_is_exchanged_for_the_login_the_registry_wants(tmp_path: Path) -> None:
+    """A renewed token is exchanged anew; a service that is down then changes nothing for the live volume."""
+    with FakeRegistry("robot", "of-the-robot") as registry, FakeRegistry() as sts:
+        answer = json.dumps({"access_token": "of-the-robot", "expires_in": 3600}).encode()
+        sts.faults.append(Fault(match="/sts", status=200, body=answer, times=1_000_000))
+        reference = f"{registry.host}/team/model@{registry.add_model('team/model', 'v1', FILES)}"
+        login = f"--token-login={registry.host}=exchange:robot:http://{sts.host}/sts?audience=models"
+        with NodeProcess(tmp_path, login, "--spares=0", "--log-level=debug") as node:
+            target = node.target()
+            for token in ("canary-jwt-1", "canary-jwt-2"):
+                tokens = {TOKENS: json.dumps({registry.host: {"token": token}})}
+                node.publish(reference, target, secrets=tokens, attributes={NAMESPACE: "apps"})
+                eventually(partial(was_exchanged, sts, token))
+            assert (target / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+            sts.faults[:] = [Fault(match="/sts", status=503, times=1_000_000)]
+            tokens = {TOKENS: json.dumps({registry.host: {"token": "canary-jwt-3"}})}
+            node.publish(reference, target, secrets=tokens, attributes={NAMESPACE: "apps"})
+            error = refusal(lambda: node.publish(reference, node.target(), "vol-2", secrets=tokens))
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            node.unpublish(target)
+            log = node.log_path.read_text()
+            assert "canary-jwt" not in log
+            assert "of-the-robot" not in log
+        assert not any("canary-jwt" in f"{seen.form}{seen.authorization}" for seen in registry.requests("/"))
+
+
 def test_isolated_namespaces_share_nothing(tmp_path: Path, private: FakeRegistry, reference: str) -> None:
     with NodeProcess(tmp_path, "--sharing=isolated", "--spares=0") as node:
         targets = {name: node.target(name) for name in ("a", "a2", "b")}

@@ -13,7 +13,14 @@ from csi.oci.reference import Reference
 
 KEY = "csi.storage.k8s.io/serviceAccount.tokens"
 REFERENCE = Reference.parse("r.io:5000/team/model:v1")
-LOGINS = parse_token_logins(["r.io:5000=identity", "b.io=bearer", "c.io=basic:robot$a"])
+LOGINS = parse_token_logins(
+    [
+        "r.io:5000=identity",
+        "b.io=bearer",
+        "c.io=basic:robot$a",
+        "d.io=exchange:oauth:https://sts.io/v1/token?audience=a:b",
+    ]
+)
 
 
 def tokens(**by_audience: str) -> str:
@@ -24,12 +31,15 @@ def test_each_method() -> None:
     secrets = {KEY: tokens(any="jwt")}
     found = {
         registry: token_credentials(secrets, {}, Reference.parse(f"{registry}/m:1"), LOGINS)
-        for registry in ("r.io:5000", "b.io", "c.io", "other.io")
+        for registry in ("r.io:5000", "b.io", "c.io", "d.io", "other.io")
     }
     assert found == {
         "r.io:5000": (Credential(identity_token="jwt"),),
         "b.io": (Credential(registry_token="jwt"),),
         "c.io": (Credential(username="robot$a", password="jwt"),),
+        "d.io": (
+            Credential(username="oauth", subject_token="jwt", exchange_url="https://sts.io/v1/token?audience=a:b"),
+        ),
         "other.io": (),
     }
 
@@ -51,7 +61,21 @@ def test_what_kubelet_does_not_send_is_refused_without_showing_it(text: str) -> 
     assert "blank" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["r.io", "=bearer", "r.io=magic", "r.io=basic", "r.io=bearer:x", "r.io/team=bearer"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "r.io",
+        "=bearer",
+        "r.io=magic",
+        "r.io=basic",
+        "r.io=bearer:x",
+        "r.io/team=bearer",
+        "r.io=exchange:u",
+        "r.io=exchange:u:sts.io",
+        "r.io=exchange::https://sts.io/",
+        "r.io=exchange:u:https://a@b/",
+    ],
+)
 def test_a_malformed_setting_is_refused(text: str) -> None:
     with pytest.raises(InvalidVolumeError, match="--token-login"):
         parse_token_logins([text])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gc
+import json
 import os
 import threading
 import time
@@ -183,6 +184,57 @@ def test_an_identity_token_is_exchanged_by_post(registry: FakeRegistry, opened: 
         "scope": "repository:team/model:pull",
         "client_id": "modelmount",
     }
+
+
+GRANT = "urn:ietf:params:oauth:grant-type:token-exchange"
+
+
+def sts_answer(password: str, lifetime_s: float = 300) -> Fault:
+    body = json.dumps({"access_token": password, "expires_in": lifetime_s, "token_type": "Bearer"}).encode()
+    return Fault(match="/v1/sts", status=200, body=body, times=1_000)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_subject_token_is_exchanged_once_for_the_password_the_registry_wants(opened: Open, tokens: bool) -> None:
+    with FakeRegistry("ann", "pa55word", tokens=tokens) as registry, FakeRegistry() as sts:
+        registry.add_model("team/model", "v1", {"a": CONTENT})
+        sts.faults.append(sts_answer("pa55word"))
+        url = f"http://{sts.host}/v1/sts?audience=//iam/pool&scope=pull"
+        source = opened(registry, (Credential("ann", subject_token="jwt", exchange_url=url),))
+        source.fetch_manifest("v1", None, 5.0)
+        assert read(source) == CONTENT
+        (asked,) = sts.requests("/v1/sts")
+        form = dict(parse_qsl(asked.form))
+        assert asked.path == "/v1/sts"
+        assert (form["grant_type"], form["subject_token"], form["audience"]) == (GRANT, "jwt", "//iam/pool")
+        assert form["subject_token_type"].endswith(":jwt")
+        assert asked.authorization is None
+        assert not any("jwt" in f"{seen.form}{seen.authorization}" for seen in registry.requests("/")), "it stays there"
+
+
+def test_a_password_that_was_exchanged_is_renewed_before_it_ends(opened: Open) -> None:
+    with FakeRegistry("ann", "pa55word") as registry, FakeRegistry() as sts:
+        registry.add_model("team/model", "v1", {"a": CONTENT})
+        sts.faults.append(sts_answer("pa55word", 0.05))
+        credential = Credential("ann", subject_token="jwt", exchange_url=f"http://{sts.host}/v1/sts")
+        source = opened(registry, (credential,))
+        for _ in range(3):
+            source.fetch_manifest("v1", None, 5.0)
+            time.sleep(0.06)
+        assert len(sts.requests("/v1/sts")) >= 3
+
+
+@pytest.mark.parametrize(("status", "error"), [(400, RegistryAuthError), (503, RegistryUnavailableError)])
+def test_a_token_service_that_exchanges_nothing_is_said_without_the_token(
+    registry: FakeRegistry, opened: Open, status: int, error: type[ModelMountError]
+) -> None:
+    registry.faults.append(Fault(match="/v1/sts", status=status, times=1_000))
+    url = f"http://{registry.host}/v1/sts?audience=x"
+    source = opened(registry, (Credential("ann", subject_token="canary", exchange_url=url),))
+    with pytest.raises(error) as caught:
+        source.fetch_manifest("v1", None, 5.0)
+    assert "canary" not in str(caught.value)
+    assert "/v1/sts" in str(caught.value)
 
 
 def test_a_token_service_that_knows_only_oauth_gets_the_password_there(registry: FakeRegistry, opened: Open) -> None:
