@@ -30,6 +30,16 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--state-dir", default="/run/modelmount", help="sockets and trees (default %(default)s)")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    parser.add_argument(
+        "--end-mounts",
+        action="store_true",
+        help="end every mount on SIGTERM (default: they go on, and the next supervisor gets them)",
+    )
+    parser.add_argument(
+        "--ready-file",
+        metavar="FILE",
+        help="made when this supervisor has replaced everything of the one before it: then that one may end",
+    )
     add_flags(parser)
     parser.set_defaults(run=run)
 
@@ -242,6 +252,8 @@ def run(args: argparse.Namespace) -> int:
         cache_limit_bytes=args.cache_limit,
         cache_min_free=args.cache_min_free / 100,
         allowed_uids=frozenset({0, os.geteuid()}),
+        end_mounts=args.end_mounts,
+        ready_file=args.ready_file,
     )
     asyncio.run(serve(settings))
     return 0

@@ -20,7 +20,7 @@ from csi.observe import logs
 
 log = logging.getLogger(__name__)
 
-STATE_NAMES = ("keeper.sock", "supervisor.sock", "mounts", "superblocks", "trees", "publications", "log")
+STATE_NAMES = ("keeper.sock", "supervisor.sock", "mounts", "superblocks", "trees", "mounted", "publications", "log")
 DATA_NAMES = ("cache", "access", "manifests", "pins", "volumes")
 _POLL_S = 0.5
 

@@ -15,6 +15,8 @@
     hosts        which hosts serve which registry (mirrors), for the sources opened from then on
     credentials  where the blobs come from now, and as whom; reads that wait for better credentials go on
     stats        progress and counters
+    repeat       say again which blobs are complete: whoever was told before may be gone
+    stop         answer, and end
 
 To a worker it sends `ring` (shared memory), and says `lent` (the block is in that slot, until the worker says
 `returned`), `have` (the block is marked in the shared map), `fail` (it will not come) and `trouble` (what
@@ -92,6 +94,8 @@ class Fetcher:
     """The process's state. The main thread reads sockets; `resolve` and the engine have threads of their own."""
 
     def __init__(self, control: socket.socket, jail: Level, signed_indexes: SignedIndexes | None = None) -> None:
+        # A supervisor that died may leave nobody who reads: then what we say is lost, and nothing here waits for it.
+        control.setblocking(False)
         self._control = control
         self._jail = jail
         self._signed_indexes = signed_indexes
@@ -118,12 +122,18 @@ class Fetcher:
         self._allowance = Allowance(lambda: self._notify_supervisor({"op": "grant"}))
 
     def run(self) -> None:
-        """Until the supervisor closes the control socket."""
+        """Until `stop`, or until nobody holds the other end of the control socket: supervisor and keeper are gone."""
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj is self._control:
-                    received = wire.recv(self._control)
+                    try:
+                        received = wire.recv(self._control)
+                    except BlockingIOError:
+                        continue
                     if received is None:
+                        return
+                    if received[0].get("op") == "stop":
+                        self._reply(wire.ok(received[0]))
                         return
                     self._on_request(*received)
                 elif key.fileobj is self._worker:
@@ -139,7 +149,8 @@ class Fetcher:
         try:
             match request.get("op"):
                 case "ping":
-                    self._reply(wire.ok(request, pid=os.getpid(), jail=self._jail.as_fields()))
+                    started = self._area_fd is not None
+                    self._reply(wire.ok(request, pid=os.getpid(), jail=self._jail.as_fields(), serving=started))
                 case "resolve":
                     # In a thread: a registry that does not answer must not keep credentials or stats waiting.
                     threading.Thread(target=self._resolve, args=(request, fds), daemon=True, name="resolve").start()
@@ -188,6 +199,9 @@ class Fetcher:
                     if self._area_fd is not None:
                         remember_origins(self._area_fd, request.get("proven", ()))
                     self._reply(wire.ok(request))
+                case "repeat":
+                    self._reply(wire.ok(request))
+                    self._tell_again()
                 case "stats":
                     self._send_stats(request)
                 case other:
@@ -362,6 +376,12 @@ class Fetcher:
             told = {"digest": str(spec.digest), "size_bytes": spec.size_bytes, "origin": spec.origin}
             self._notify_supervisor({"op": "complete", **told})
 
+    def _tell_again(self) -> None:
+        told: list[dict[str, Any]] = self._snapshot()["blobs"]
+        for blob, progress in enumerate(told):
+            if progress["state"] == "verified":
+                self._on_complete(blob)
+
     def _serve_build(self, channel_fd: int) -> None:
         channel = socket.socket(fileno=channel_fd)
         if self._area_fd is None or not self._origins.own:
@@ -418,7 +438,9 @@ class Fetcher:
                     reference, self._settings_for(reference, request, wanted.get("credentials"), fds[1:])
                 )
             elif isinstance(source, RegistrySource):
-                source.replace_credentials(credentials.from_wire(wanted.get("credentials")))
+                newer = credentials.from_wire(wanted.get("credentials"))
+                if newer or not wanted.get("keep"):
+                    source.replace_credentials(newer)
             if wanted.get("is_parent"):
                 parents[source.origin] = source
             else:
@@ -600,8 +622,11 @@ class Fetcher:
             return False
         return True
 
+    def _snapshot(self) -> dict[str, Any]:
+        return self._engine.snapshot() if self._engine else {"blobs": []}
+
     def _send_stats(self, request: wire.Message) -> None:
-        snapshot: dict[str, Any] = self._engine.snapshot() if self._engine else {"blobs": []}
+        snapshot = self._snapshot()
         snapshot["origins"] = [source.origin for source in self._origins.all()]
         stats_fd = wire.memfd("stats", json.dumps(snapshot).encode())
         try:

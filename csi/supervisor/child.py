@@ -1,4 +1,6 @@
-"""One child process and the socket it is driven by."""
+"""One child process and the socket it is driven by. A child outlives its supervisor where somebody else (the keeper)
+holds that socket too; the next supervisor goes on with the same one.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
+import select
 import signal
 import socket
 import sys
@@ -15,6 +19,7 @@ from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 from csi.control import wire
+from csi.control.keeper import KeptSlot
 from csi.errors import ControlError, from_wire
 from csi.supervisor import nursery
 
@@ -22,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 2.0
 _START_TIMEOUT_S = 20.0
+_ADOPTION_PATIENCE_S = 2.0
 _STATUS_PATIENCE_S = 0.5  # a nursery that lives tells at once how a child ended
 
 
@@ -58,15 +64,18 @@ class Process(Protocol):
 class Child:
     """A running child. Calls may overlap; replies are matched by id. Use from one event loop only."""
 
-    def __init__(self, role: Role, process: Process, sock: socket.socket) -> None:
-        self.role = role
+    def __init__(self, name: str, process: Process, sock: socket.socket, *, is_ours: bool = True) -> None:
+        self.name = name
         self.process = process
+        self.is_ours = is_ours
+        """Whether this supervisor had it started."""
         self.on_notification: Callable[[wire.Message], None] = lambda message: None
         self.exited: asyncio.Task[int] = asyncio.create_task(process.wait())
         self._sock = sock
-        self._next_id = 1
+        # The socket may hold answers to a supervisor before us, which counted from elsewhere.
+        self._next_id = secrets.randbits(48)
         self._pending: dict[int, asyncio.Future[tuple[wire.Message, list[int]]]] = {}
-        asyncio.get_running_loop().add_reader(sock.fileno(), self._on_readable)
+        self.listen()
 
     @classmethod
     async def spawn(cls, role: Role) -> Child:
@@ -85,7 +94,7 @@ class Child:
             raise ControlError(f"cannot start a {role.name}: {exc}") from exc
         finally:
             theirs.close()
-        return cls(role, process, ours)
+        return cls(role.name, process, ours)
 
     @property
     def pid(self) -> int:
@@ -108,11 +117,11 @@ class Child:
             try:
                 wire.send(self._sock, {"id": request_id, "op": op, **fields}, fds)
             except OSError as exc:
-                raise ControlError(f"{self.role.name} {self.pid} is gone") from exc
+                raise ControlError(f"{self.name} {self.pid} is gone") from exc
             async with asyncio.timeout(timeout_s):
                 message, received = await reply
         except TimeoutError:
-            raise ControlError(f"{self.role.name} {self.pid}: no answer to {op!r} within {timeout_s:g} s") from None
+            raise ControlError(f"{self.name} {self.pid}: no answer to {op!r} within {timeout_s:g} s") from None
         finally:
             self._pending.pop(request_id, None)
         if "error" in message:
@@ -120,23 +129,56 @@ class Child:
             raise from_wire(message["error"])
         return dict(message.get("ok") or {}), received
 
-    async def stop(self) -> None:
-        """Ask a worker to finish, close the socket (a fetcher's sign to end), kill what is left after 2 s."""
-        if self.alive and self.role.name == "worker":
+    @property
+    def handles(self) -> tuple[int, int]:
+        """What a later supervisor needs of a forked child: the socket and its process, still ours. Raises: ControlError when
+        it has ended.
+        """
+        assert isinstance(self.process, ForkedProcess)
+        if self.process.fd < 0 or self._sock.fileno() < 0:
+            raise ControlError(f"{self.name} {self.pid} died")
+        return self._sock.fileno(), self.process.fd
+
+    def listen(self) -> None:
+        """Read what it says (again, after `pause`)."""
+        asyncio.get_running_loop().add_reader(self._sock.fileno(), self._on_readable)
+
+    def pause(self) -> None:
+        """Read nothing for now: another supervisor may be doing so."""
+        if self._sock.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._sock.fileno())
+
+    def let_go(self) -> None:
+        """It is another supervisor's, or has ended."""
+        self._close()
+
+    async def stop(self, patience_s: float = 1.5) -> bool:
+        """Ask it to finish, within `patience_s` what it holds; close the socket; kill what is left after 2 s. False when it
+        lives on, out of our reach.
+        """
+        if self.alive:
             with contextlib.suppress(ControlError):
-                await self.call("stop", _STOP_GRACE_S)
+                await self.call("stop", _STOP_GRACE_S, patience_s=patience_s)
         self._close()
         try:
             async with asyncio.timeout(_STOP_GRACE_S):
                 await asyncio.shield(self.exited)
         except TimeoutError:
-            self.kill()
+            if not self.kill():
+                return False
             await self.exited
+        return True
 
-    def kill(self) -> None:
-        """SIGKILL."""
-        with contextlib.suppress(ProcessLookupError):
+    def kill(self) -> bool:
+        """SIGKILL. False when it is out of our reach: another container's, which ends with that."""
+        try:
             self.process.kill()
+        except ProcessLookupError:
+            pass
+        except OSError as exc:
+            log.warning("%s %d cannot be killed: %s", self.name, self.pid, exc.strerror)
+            return False
+        return True
 
     def _on_readable(self) -> None:
         try:
@@ -144,7 +186,7 @@ class Child:
         except BlockingIOError:
             return
         except (OSError, ControlError) as exc:
-            log.error("%s %d: %s", self.role.name, self.pid, exc)
+            log.error("%s %d: %s", self.name, self.pid, exc)
             received = None
         if received is None:
             self._close()
@@ -164,14 +206,16 @@ class Child:
             self._sock.close()
         for reply in self._pending.values():
             if not reply.done():
-                reply.set_exception(ControlError(f"{self.role.name} {self.pid} died"))
+                reply.set_exception(ControlError(f"{self.name} {self.pid} died"))
 
 
 class ForkedProcess:
-    """A process that a nursery has forked. Takes over `process_fd`."""
+    """A process that a nursery has forked. Takes over `process_fd`. `is_ours`: it was one of our nurseries, which tells how it
+    ended.
+    """
 
-    def __init__(self, pid: int, process_fd: int) -> None:
-        self._pid, self._fd = pid, process_fd
+    def __init__(self, pid: int, process_fd: int, *, is_ours: bool = True) -> None:
+        self._pid, self._fd, self._is_ours = pid, process_fd, is_ours
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[int] = self._loop.create_future()
         self._loop.add_reader(process_fd, self._on_end)
@@ -180,6 +224,11 @@ class ForkedProcess:
     def pid(self) -> int:
         """See `Process.pid`."""
         return self._pid
+
+    @property
+    def fd(self) -> int:
+        """Of the process, as long as it lives; else -1."""
+        return self._fd
 
     @property
     def returncode(self) -> int | None:
@@ -205,7 +254,31 @@ class ForkedProcess:
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
         self._fd = -1
-        self._loop.call_later(_STATUS_PATIENCE_S, self.ended, -1)
+        self._loop.call_later(_STATUS_PATIENCE_S if self._is_ours else 0, self.ended, -1)
+
+
+async def adopted(name: str, slot: KeptSlot | None) -> Child | None:
+    """The child that an earlier supervisor left with the keeper, where it lives and serves its mount. Takes over the
+    descriptors; one that does not answer, or serves nothing yet, is ended.
+    """
+    if slot is None:
+        return None
+    sock_fd, process_fd = wire.exactly(slot.fds, 2)
+    poll = select.poll()
+    poll.register(process_fd, select.POLLIN)
+    if poll.poll(0):
+        wire.close_all(slot.fds)
+        return None
+    process = ForkedProcess(int(slot.note.get("pid", 0)), process_fd, is_ours=False)
+    child = Child(name, process, socket.socket(fileno=sock_fd), is_ours=False)
+    try:
+        if (await child.call("ping", _ADOPTION_PATIENCE_S))[0].get("serving"):
+            return child
+    except ControlError as exc:
+        log.warning("%s of the supervisor before: %s", name, exc)
+    child.kill()
+    child.let_go()
+    return None
 
 
 class Nursery:
@@ -245,7 +318,7 @@ class Nursery:
         finally:
             theirs.close()
         self._forked[process.pid] = process
-        return Child(self._role, process, ours)
+        return Child(self._role.name, process, ours)
 
     async def _running(self, failed: Child | None = None) -> Child:
         """The nursery; another one than `failed`."""

@@ -57,8 +57,13 @@ class KeptMounts:
         return await asyncio.to_thread(self._keeper.mounts)
 
     async def keep(self, mount_id: str, slot: str, note: dict[str, Any], fds: tuple[int, ...]) -> None:
-        """Leave `fds` (still the caller's) in a slot. Without a keeper it is left there as soon as one is back."""
-        holding = self._holdings[mount_id]
+        """Leave `fds` (still the caller's) in a slot. Without a keeper it is left there as soon as one is back.
+
+        Raises: ControlError for a mount that has ended.
+        """
+        holding = self._holdings.get(mount_id)
+        if holding is None:
+            raise ControlError(f"mount {mount_id[:8]}: is not held any more")
         self._forget(holding, slot)
         copies = tuple(os.dup(fd) for fd in fds)
         holding.slots[slot] = (note, copies)

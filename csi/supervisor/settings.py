@@ -62,6 +62,10 @@ class SupervisorSettings:
     cache_min_free: float = 0.16
     """Of the file system, above the 15 % at which kubelet begins to evict pods."""
     allowed_uids: frozenset[int] = frozenset({0})
+    end_mounts: bool = False
+    """On SIGTERM: end every mount. Else they go on, and the next supervisor gets them."""
+    ready_file: str | None = None
+    """Made when nothing of an earlier supervisor is needed any more."""
 
     def jail_flags(self, *read_dirs: str) -> tuple[str, ...]:
         """What a child is told of its jail at its start."""
@@ -71,10 +75,6 @@ class SupervisorSettings:
     def fetcher_flags(self) -> tuple[str, ...]:
         """What a fetcher is told at its start."""
         return self.jail_flags(*self.layout_roots) + tuple(f"--index-key={path}" for path in self.index_keys)
-
-    def tree_path(self, mount_id: str) -> str:
-        """Where the serialised tree of a live mount lies."""
-        return os.path.join(self.state_dir, "trees", mount_id)
 
     @property
     def address_rules(self) -> dict[str, list[str]]:

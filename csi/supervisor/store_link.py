@@ -46,7 +46,10 @@ class StoreLink:
         os.chmod(settings.cache_dir, 0o700)  # inside, only descriptors lead anywhere
         for path in _other_layouts(settings.cache_dir):
             _remove_empty(path)
-        await self._spawn()
+        try:
+            await self._spawn()
+        except ModelMountError as exc:  # mounts go on without it, and it is tried again
+            log.error("the store does not start: %s", exc)
         self._watcher = asyncio.create_task(self._watch())
 
     async def call(
@@ -61,8 +64,9 @@ class StoreLink:
         """Idempotent."""
         if self._watcher is not None:
             self._watcher.cancel()
-        if self._child is not None:
-            await self._child.stop()
+        child, self._child = self._child, None
+        if child is not None:
+            await child.stop()
 
     @property
     def pid(self) -> int | None:

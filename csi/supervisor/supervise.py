@@ -2,6 +2,9 @@
 
 A lease is taken for a target path and given back by name, so the node process may die at any time between: after
 its return it says which leases it still has (`reconcile`), and the rest end.
+
+Mounts outlive their supervisor. The next one finds them by the keeper (descriptors, its children's sockets) and by their
+records (who has them), goes on with the children that live, and then replaces them by its own, one mount at a time.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from csi.control import wire
@@ -35,13 +38,16 @@ from csi.oci.view import View
 from csi.supervisor.access import AccessRecords, Caller, Model
 from csi.supervisor.child import Child, ChildPool, Role
 from csi.supervisor.kept import KeptMounts
+from csi.supervisor.lease import Lease, Logins
 from csi.supervisor.manifests import KeptManifests
-from csi.supervisor.mount import Lease, Mount, Resolved, kept_of, resolve, resolve_known
+from csi.supervisor.mount import Mount
 from csi.supervisor.node_credentials import NodeCredentials
 from csi.supervisor.parents import NO_PARENTS, Parent, find_parents
+from csi.supervisor.records import MountRecord, MountRecords
+from csi.supervisor.resolve import Resolved, kept_of, resolve, resolve_known
 from csi.supervisor.settings import SupervisorSettings
 from csi.supervisor.store_link import StoreLink
-from csi.volume import SHARED_DOMAIN, Prefetch, Verify, mount_key
+from csi.volume import SHARED_DOMAIN, MountKey, Prefetch, Verify, mount_key
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +56,11 @@ _CACHE_TIMEOUT_S = 3600.0  # hashing everything takes its time
 _EAGER_POLL_S = 0.2
 _FRESH_S = 60.0  # a hundred pods that start at once are one question to the registry
 _ASK_AGAIN_S = 3600.0
+_LONGEST_RENEWAL_DELAY_S = 30.0
+
+KnownCredentials = dict[str, dict[str, Logins | None]]
+"""By mount id and target path; None: not known."""
+_Answer = TypeVar("_Answer")
 
 
 class Supervisor:
@@ -72,19 +83,140 @@ class Supervisor:
         self._renews_logins = bool(logins)
         self._renewing: asyncio.Task[None] | None = None
         self._store = StoreLink(settings, self._on_store_message)
+        self._records = MountRecords(settings.state_dir)
         self._mounts: dict[str, Mount] = {}
         self._access = AccessRecords(os.path.join(settings.data_dir, "access"), settings.access_life_s)
         self._manifests = KeptManifests(os.path.join(settings.data_dir, "manifests"), settings.access_life_s)
         self._asking: dict[int, asyncio.Task[None]] = {}
         self._expiries: dict[str, asyncio.Task[None]] = {}
         self._following: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def start(self) -> None:
-        """Find the keeper, start the store and the spare children."""
-        await asyncio.gather(self._follow_keeper(), self._store.start(), self._pool.fill())
+    async def start_spares(self) -> None:
+        """So that what comes next does not wait for interpreters to start."""
+        await self._pool.fill()
+
+    async def start(self, known: KnownCredentials, *, alone: bool) -> None:
+        """Go on with the mounts there are. `known`: credentials that the supervisor before us handed over. `alone`: it is
+        dead, so a mount whose connection the keeper does not have is lost.
+        """
+        spares = asyncio.create_task(self._pool.fill())
+        await self._find_keeper()
+        await self._adopt_all(known)
+        if alone:
+            await self._until_keeper_answers(self._keeper.settle)
+        await asyncio.gather(self._store.start(), spares)
+        self._renew_own_logins()
+
+    async def renew_all(self) -> None:
+        """Replace every worker and fetcher that an earlier supervisor started. Returns when nothing of it is needed."""
+        delay_s = 0.1
+        while foreign := [mount for mount in self._mounts.values() if mount.served and not mount.is_ours]:
+            for mount in foreign:
+                try:
+                    if self._mounts.get(mount.mount_id) is mount and mount.serving.child is not None:
+                        await mount.renew()
+                except ModelMountError as exc:
+                    log.error("mount %s: the worker before serves on: %s", mount.mount_id[:8], exc)
+                except Exception:
+                    log.exception("mount %s: renewing it failed by a bug", mount.mount_id[:8])
+            if any(mount.served and not mount.is_ours for mount in self._mounts.values()):
+                await asyncio.sleep(delay_s)
+                delay_s = min(_LONGEST_RENEWAL_DELAY_S, delay_s * 2)
+
+    async def pause(self) -> KnownCredentials:
+        """Another supervisor takes over: change nothing from now on. What is still being made ends, and is begun again by
+        the next call of whoever waits for it.
+        """
+        endless = [task for task in (self._following, self._renewing) if task is not None]
+        for task in endless:
+            task.cancel()
+        if endless:
+            await asyncio.wait(endless)
+        for task in (*self._expiries.values(), *self._asking.values()):
+            task.cancel()
+        self._expiries.clear()
+        unfinished = [mount for mount in self._mounts.values() if not mount.served or mount.dead]
+        for mount in self._mounts.values():
+            if mount not in unfinished:
+                mount.pause()
+        await asyncio.gather(*(self._end(mount) for mount in unfinished), *self._ending, return_exceptions=True)
+        await self._store.close()
+        return {
+            mount.mount_id: {path: Logins.of(lease) for path, lease in mount.leases.items()}
+            for mount in self._mounts.values()
+        }
+
+    async def resume(self) -> None:
+        """It did not."""
+        await self._find_keeper()
+        for mount in self._mounts.values():
+            mount.resume()
+            if not mount.leases:
+                self._want(mount)
+        await self._store.start()
+        self._renew_own_logins()
+
+    def _renew_own_logins(self) -> None:
         if self._renews_logins:
             self._renewing = asyncio.create_task(self._renew_logins())
+
+    async def let_go(self) -> None:
+        """It has: the mounts are its own."""
+        for mount in self._mounts.values():
+            mount.let_go()
+            self._keeper.let_go(mount.mount_id)
+        self._mounts.clear()
+        await self._pool.close()
+
+    async def _adopt_all(self, known: KnownCredentials) -> None:
+        records = self._records.load()
+        kept = [mount.mount_id for mount in await self._until_keeper_answers(self._keeper.mounts) if mount.connected]
+        await asyncio.gather(
+            *(self._adopt(mount_id, records.get(mount_id), known.get(mount_id, {})) for mount_id in kept)
+        )
+        self._records.keep_only(set(self._mounts))
+        if self._mounts:
+            log.info("%d mounts of an earlier supervisor go on", len(self._mounts))
+
+    async def _adopt(self, mount_id: str, record: MountRecord | None, known: Mapping[str, Logins | None]) -> None:
+        try:
+            if record is None:
+                log.warning("mount %s was never finished; it is removed", mount_id[:8])
+                await self._keeper.unmount(mount_id)
+                return
+            for path, lease in record.leases.items():
+                if (logins := known.get(path)) is not None:
+                    logins.give(lease)
+                else:  # this node's own may be enough
+                    lease.credentials = await self._node_credentials.after((), lease.reference) or None
+            mount = self._new_mount(record.key, record.reference)
+            try:
+                await mount.adopt(record, await self._keeper.collect(mount_id))
+            except (ModelMountError, OSError) as exc:
+                log.error("mount %s cannot go on, and is made anew by its next publish: %s", mount_id[:8], exc)
+                await mount.close()
+                return
+        except ModelMountError as exc:
+            log.error("mount %s: %s", mount_id[:8], exc)
+            return
+        self._mounts[mount_id] = mount
+        if not mount.leases:
+            self._want(mount)
+
+    def _new_mount(self, key: MountKey, reference: Reference) -> Mount:
+        return Mount(
+            key, reference, self._keeper, self._pool, self._store, self._records, self._settings, self._manifests
+        )
+
+    async def _until_keeper_answers(self, ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
+        while True:
+            try:
+                return await ask()
+            except ControlError as exc:
+                log.warning("waiting for the keeper: %s", exc)
+                await asyncio.sleep(0.2)
 
     async def cache(self, verb: str, fields: dict[str, Any]) -> list[int]:
         """What `modelmount cache` asks of the store; its answer as a memfd."""
@@ -98,14 +230,8 @@ class Supervisor:
         if mount is not None:
             mount.on_store_message(message)
 
-    async def _follow_keeper(self) -> None:
-        while True:
-            try:
-                await self._keeper.connect()
-                break
-            except ControlError as exc:
-                log.warning("waiting for the keeper: %s", exc)
-                await asyncio.sleep(0.2)
+    async def _find_keeper(self) -> None:
+        await self._until_keeper_answers(self._keeper.connect)
         self._following = asyncio.create_task(self._keeper.follow())
 
     async def ensure(
@@ -219,6 +345,8 @@ class Supervisor:
             await asyncio.sleep(self._settings.logins_kept_s)
             for mount in list(self._mounts.values()):
                 for target_path, lease in list(mount.leases.items()):
+                    if lease.credentials is None:  # what its volume brought is not known: the next republish says it
+                        continue
                     credentials = await self._node_credentials.after(lease.brought, lease.reference)
                     parents = await self._parents_for(mount, lease.keyring)
                     if mount.leases.get(target_path) is lease:
@@ -243,7 +371,7 @@ class Supervisor:
         return list(await asyncio.gather(*(mount.stats() for mount in chosen)))
 
     async def close(self) -> None:
-        """End every mount and child. For the one-process-tree mode and tests: in a cluster mounts outlive us."""
+        """End every mount and child. For the one-process-tree mode: in a cluster mounts outlive us."""
         for task in (*self._expiries.values(), *self._asking.values()):
             task.cancel()
         for endless in (self._following, self._renewing):
@@ -286,9 +414,10 @@ class Supervisor:
 
     async def _ask(self, mount: Mount, lease: Lease) -> None:
         """Whether a live volume's credentials still give access."""
-        asked = [(lease.reference, lease.credentials, _caller(lease.credentials, lease.service_account))]
+        known = lease.credentials or ()
+        asked = [(lease.reference, known, _caller(known, lease.service_account))]
         for parent in lease.parents:
-            who = _parent_caller(parent.credentials, lease.credentials, lease.service_account)
+            who = _parent_caller(parent.credentials, known, lease.service_account)
             asked.append((parent.reference, parent.credentials, who))
         for reference, credentials, caller in asked:
             model = _model(mount, reference)
@@ -361,7 +490,10 @@ class Supervisor:
             expiry = self._expiries.pop(mount.mount_id, None)
             if expiry is not None and expiry is not asyncio.current_task():
                 expiry.cancel()
-        await asyncio.shield(asyncio.create_task(mount.close()))
+        closing = asyncio.create_task(mount.close())
+        self._ending.add(closing)
+        closing.add_done_callback(self._ending.discard)
+        await asyncio.shield(closing)
 
     async def _create(
         self,
@@ -423,7 +555,7 @@ class Supervisor:
                     return held, is_asked
                 if held is not None:
                     await held.close()
-                mount = Mount(key, wanted, self._keeper, self._pool, self._store, self._settings, self._manifests)
+                mount = self._new_mount(key, wanted)
                 mount.prepare(fetcher, model, credentials, prefetch, found)
                 if held is not None:
                     mount.leases.update(held.leases)

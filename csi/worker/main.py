@@ -3,11 +3,12 @@
     build    a manifest (and those of its parents), the mount's cache area, a channel to the fetcher: work begins (see `csi.worker.build`)
     built    how far that is: a serialised tree, an error, a manifest that is needed, or progress after a while
     provide  that manifest
-    serve    a kept /dev/fuse connection, a tree, the mount's cache area, a channel to the fetcher; answered when
-             requests are being served
+    load     a tree and the mount's cache area: everything that can go wrong before the connection is ours
+    serve    a kept /dev/fuse connection, a channel to the fetcher; answered when requests are being served
     fetcher  another channel, after the fetcher was replaced
     release  the last pod is gone: reads that wait for the network fail now, so that no process stays unkillable
-    stop     finish what was received, answer, exit
+    stop     receive nothing any more, finish what was received within a patience, answer, exit; what is left then is its
+             successor's
 
 The worker remembers nothing that the tree and the cache do not say, so it may be killed at any time.
 """
@@ -20,9 +21,10 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import trio
 
@@ -50,6 +52,7 @@ log = logging.getLogger(__name__)
 _MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 _MAX_TREE_BYTES = 1 << 30
 _MAX_REPORTED_LAYERS = 200
+_STOP_PATIENCE_S = 1.5
 _BACKENDS: dict[BackendName, Callable[[Namespace, ContentReader], Backend]] = {
     BackendName.PYFUSE3: Pyfuse3Backend,
     BackendName.RAW: RawBackend,
@@ -67,6 +70,8 @@ class Worker:
         self._backend: Backend | None = None
         self._reader: CachedReader | None = None
         self._tree: Tree | None = None
+        self._area_fd = -1
+        self._connection: Connection | None = None
         self._fetcher: socket.socket | None = None
         self._build: Build | None = None
         self._build_moved = trio.Event()
@@ -82,17 +87,17 @@ class Worker:
                 except BlockingIOError:
                     continue
                 if received is None:
-                    # Its successor starts a worker of its own, and two readers of one connection can freeze each other.
-                    log.warning("the supervisor is gone; this worker ends, requests wait for the next one")
-                    await self._stop()
+                    # Supervisor and keeper: nobody knows of this worker any more, and two readers of one connection can
+                    # freeze each other.
+                    log.warning("supervisor and keeper are gone; this worker ends")
+                    await self._stop(_STOP_PATIENCE_S)
                     nursery.cancel_scope.cancel()
                     return
                 request, fds = received
                 if request.get("op") == "stop":
-                    await self._stop()
+                    await self._stop(float(request.get("patience_s", _STOP_PATIENCE_S)))
                     self._reply(wire.ok(request))
-                    nursery.cancel_scope.cancel()
-                    return
+                    end_now()
                 try:
                     self._handle(request, fds)
                 except ModelMountError as exc:
@@ -104,7 +109,8 @@ class Worker:
     def _handle(self, request: wire.Message, fds: list[int]) -> None:
         match request.get("op"):
             case "ping":
-                self._reply(wire.ok(request, pid=os.getpid(), jail=self._jail.as_fields()))
+                serving = self._connection is not None
+                self._reply(wire.ok(request, pid=os.getpid(), jail=self._jail.as_fields(), serving=serving))
             case "build":
                 self._start_build(request, fds)
             case "built":
@@ -113,6 +119,9 @@ class Worker:
                 self._nursery.start_soon(self._answer_built, request)
             case "provide":
                 self._provide(request, wire.exactly(fds, 1)[0])
+                self._reply(wire.ok(request))
+            case "load":
+                self._load(request, fds)
                 self._reply(wire.ok(request))
             case "serve":
                 self._serve(request, fds)
@@ -192,28 +201,35 @@ class Worker:
         else:
             self._reply(wire.ok(request, needs=build.needs, **_report(build)))
 
-    def _serve(self, request: wire.Message, fds: list[int]) -> None:
-        fuse_fd, table_fd, tree_fd, area_fd, channel_fd = wire.exactly(fds, 5)
+    def _load(self, request: wire.Message, fds: list[int]) -> None:
+        tree_fd, area_fd = wire.exactly(fds, 2)
         backend_class = _BACKENDS[BackendName(wire.field(request, "backend", str))]
-        init = bytes.fromhex(wire.field(request, "init", str))
-        deadline_s = float(request.get("read_deadline_s", 120.0))
         if os.fstat(tree_fd).st_size > _MAX_TREE_BYTES:
             raise ModelMountError("the tree file is larger than 1 GiB")
         narrow_to(Role.WORKER, area_fd)
+        threading.Thread(target=int, name="trial").start()  # limits that allow none show now, not in a read
         tree = self._tree = Tree.from_fd(tree_fd)
         os.close(tree_fd)
-        reader = self._reader = CachedReader(tree, area_fd, self, deadline_s)
+        reader = self._reader = CachedReader(tree, area_fd, self, float(request.get("read_deadline_s", 120.0)))
         has_encoded = any(blob.encoding is not Encoding.IDENTITY for blob in tree.blobs)
         content: ContentReader = DecodingReader(tree, area_fd, reader) if has_encoded else reader
-        backend = self._backend = backend_class(Namespace(tree), content)
+        self._backend = backend_class(Namespace(tree), content)
+        self._area_fd = area_fd
+
+    def _serve(self, request: wire.Message, fds: list[int]) -> None:
+        fuse_fd, table_fd, channel_fd = wire.exactly(fds, 3)
+        if self._backend is None or self._tree is None or self._connection is not None:
+            wire.close_all(fds)
+            raise ControlError("worker: serve once, after load")
+        self._connection = Connection(fuse_fd, bytes.fromhex(wire.field(request, "init", str)), table_fd)
         self._attach_fetcher(channel_fd)
         assert self._nursery is not None
         if request.get("recheck"):
-            self._nursery.start_soon(recheck_headers, tree, area_fd, self._distrust)
+            self._nursery.start_soon(recheck_headers, self._tree, self._area_fd, self._distrust)
         self._nursery.start_soon(
             self._serve_connection,
-            backend,
-            Connection(fuse_fd, init, table_fd),
+            self._backend,
+            self._connection,
             lambda: self._reply(wire.ok(request, **self._jail.as_fields())),
         )
 
@@ -222,10 +238,10 @@ class Worker:
         assert self._nursery is not None
         self._nursery.cancel_scope.cancel()
 
-    async def _stop(self) -> None:
+    async def _stop(self, patience_s: float) -> None:
         if self._backend is not None:
             self._backend.stop()
-            with trio.move_on_after(1.5):
+            with trio.move_on_after(patience_s):
                 await self._backend.wait_stopped()
 
     def _attach_fetcher(self, channel_fd: int) -> None:
@@ -309,6 +325,12 @@ class Worker:
             wire.send(self._control, message, fds)
         except OSError as exc:
             log.warning("supervisor not reachable: %s", exc)
+
+
+def end_now() -> NoReturn:
+    """From here on the connection is another worker's: no read that is still in a thread may answer, or free its slot."""
+    logging.shutdown()
+    os._exit(0)
 
 
 def _read_manifest(request: wire.Message, manifest_fd: int) -> SentManifest:

@@ -279,9 +279,6 @@ def test_a_model_mounted_before_the_keepers_death_is_shown_to_another_pod_after_
         assert cluster.result("same-model") == (0, model.digests["v2"])
 
 
-@pytest.mark.skip(
-    reason="not yet run: a supervisor ends its mounts when it is stopped; no hand-over to a successor yet"
-)
 def test_the_supervisor_pod_is_deleted_while_a_pod_reads(
     cluster: KubernetesApi, local_cluster: LocalCluster, model: Model
 ) -> None:
@@ -289,9 +286,6 @@ def test_the_supervisor_pod_is_deleted_while_a_pod_reads(
         delete_driver_pod(cluster, "supervisor")
 
 
-@pytest.mark.skip(
-    reason="not yet run: a supervisor ends its mounts when it is stopped; no hand-over to a successor yet"
-)
 def test_the_supervisor_container_is_killed_while_a_pod_reads(
     cluster: KubernetesApi, local_cluster: LocalCluster, model: Model
 ) -> None:
@@ -299,9 +293,6 @@ def test_the_supervisor_container_is_killed_while_a_pod_reads(
         kill_container(local_cluster, "supervisor")
 
 
-@pytest.mark.skip(
-    reason="not yet run: a supervisor ends its mounts when it is stopped; no hand-over to a successor yet"
-)
 def test_a_helm_upgrade_of_supervisor_and_node_while_a_pod_reads(
     cluster: KubernetesApi, release: Helm, values: dict[str, Any], model: Model
 ) -> None:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 
@@ -40,7 +40,7 @@ class NodeProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: grpc.Channel | None = None
 
-    def __enter__(self) -> NodeProcess:
+    def __enter__(self) -> Self:
         try:
             self.start()
         except BaseException:  # nobody else would stop what has started

@@ -1,0 +1,343 @@
+"""The half of a mount that answers the kernel: the connection, and one worker on it, replaced when it dies or hangs.
+
+What a dead worker had taken: the raw backend's successor finds it in the connection's request table; for pyfuse3, RESEND
+first, so that the kernel gives it out again. Readers see a pause.
+
+One worker at a time: the table has one writer, and of two who read the connection one may freeze. So a worker is told to
+leave, and has said that it does, or is dead, before the next one is given the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import select
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from csi.control import wire
+from csi.control.keeper import CollectedMount, KeptMount, KeptSlot
+from csi.errors import ControlError, ModelMountError
+from csi.fuse.handshake import RESEND_MESSAGE, BackendName
+from csi.fuse.refusal import refuse_waiting
+from csi.supervisor.child import Child, ChildPool, adopted
+from csi.supervisor.kept import KeptMounts
+from csi.supervisor.settings import SupervisorSettings
+
+log = logging.getLogger(__name__)
+
+_SERVE_TIMEOUT_S = 20.0
+_LEAVE_PATIENCE_S = 0.1
+"""For what a worker holds when it is told to leave: reads that wait for the network are its successor's."""
+_LEAVE_GRACE_S = 2.0
+_BEAT_S = 2.0
+_BEAT_PATIENCE_S = 2.0
+_MISSED_BEATS = 2
+_SERVED_S = 0.2
+"""A worker that lived so long has served: whoever waited has been answered, or waits for the network."""
+_HEALTHY_S = 1.0
+"""A worker that lived so long did not die of its start. Of those that did, the next one is started later and later."""
+_FREE_DEATHS = 3
+_LONGEST_DELAY_S = 5.0
+_SLOT = "worker"
+
+
+class Serving:
+    """Of one mount. `channel` makes a channel to its fetcher, `event` remembers what people should know. `recheck`: what was
+    read of archives before the mount was not verified then.
+    """
+
+    def __init__(
+        self,
+        keeper: KeptMounts,
+        pool: ChildPool,
+        settings: SupervisorSettings,
+        channel: Callable[[], Awaitable[socket.socket]],
+        event: Callable[[str, str], None],
+        *,
+        recheck: bool,
+    ) -> None:
+        self._recheck = recheck
+        self._keeper, self._pool, self._settings = keeper, pool, settings
+        self._channel, self._event = channel, event
+        self._fuse_fd = self._table_fd = self._tree_fd = self._area_fd = -1
+        self._init = b""
+        self._watcher: asyncio.Task[None] | None = None
+        self._changing = asyncio.Lock()
+        self._stopping = False
+        self._name = ""
+        self._unserved_since: float | None = None
+        self._quick_deaths = 0
+        self._child: Child | None = None
+        self.pid: int | None = None
+        """Of the one that serves, or served last."""
+        self.kept: KeptMount | None = None
+        self.dead = False
+        """The connection has ended; only a new mount helps."""
+        self.restarts = 0
+        self.jail: dict[str, Any] = {}
+        self.longest_pause_s = 0.0
+        """Of all replacements: from the end of one worker to the first answer of the next."""
+
+    @property
+    def child(self) -> Child | None:
+        """The one that serves; None while it is being replaced."""
+        return self._child
+
+    @child.setter
+    def child(self, child: Child | None) -> None:
+        self._child = child
+        if child is not None:
+            self.pid = child.pid
+
+    def connect(self, collected: CollectedMount, tree_fd: int, area_fd: int) -> None:
+        """Take the connection over, not the other two. Nothing is asked of it yet."""
+        self.kept, self._init = collected.mount, collected.init
+        self._name = collected.mount.mount_id[:8]
+        self._fuse_fd, self._table_fd = collected.fuse_fd, collected.table_fd
+        self._tree_fd, self._area_fd = tree_fd, area_fd
+        os.close(collected.root_fd)
+
+    async def start(self, worker: Child) -> None:
+        """Give a worker the mount; requests are answered when this returns. Raises: ControlError, the worker's error."""
+        self._resend()  # a supervisor before us may have had a worker here
+        await self._load(worker)
+        await self._serve(worker)
+
+    async def adopt(self, slot: KeptSlot | None) -> None:
+        """Go on with the worker of a supervisor before us, where it lives and serves."""
+        self.child = await adopted("worker", slot)
+
+    def watch(self) -> None:
+        """From now on a worker serves: another one when it dies or hangs."""
+        self._watcher = asyncio.create_task(self._watch())
+
+    def pause(self) -> None:
+        """Do nothing for now: another supervisor takes over. The worker serves on."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self.child is not None:
+            self.child.pause()
+
+    def resume(self) -> None:
+        """It did not."""
+        if self.child is not None:
+            self.child.listen()
+        self.watch()
+
+    def let_go(self) -> None:
+        """It has taken over."""
+        if self.child is not None:
+            self.child.let_go()
+        self._close()
+
+    async def renew(self, between: Callable[[], Awaitable[None]]) -> None:
+        """Replace a worker that serves well by one of ours. `between` is awaited when nobody serves.
+
+        Raises: ControlError, the worker's error; then the old one serves on, or `watch` finds another.
+        """
+        worker = await self._pool.take("worker")
+        try:
+            await self._load(worker)  # whatever is wrong with it shows while the old one serves
+            async with self._changing:
+                if self._stopping or self.child is None:
+                    raise ControlError(f"mount {self._name}: its worker is being replaced already")
+                began = time.monotonic()
+                await self._leave(self.child)
+                self.child = None
+                self._resend()
+                await between()
+                await self._serve(worker)
+                self._note_pause(began)
+        except BaseException:
+            worker.kill()
+            raise
+
+    async def use_new_fetcher(self) -> None:
+        """The worker gets a channel to it. Raises: ControlError."""
+        channel = await self._channel()
+        with channel:
+            if self.child is not None and self.child.alive:
+                await self.child.call("fetcher", 5.0, [channel.fileno()])
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of reads. Empty while the worker is being replaced."""
+        if self.child is not None:
+            with contextlib.suppress(ModelMountError):
+                reads, _ = await self.child.call("stats", 2.0)
+                return reads
+        return {}
+
+    async def release(self) -> None:
+        """Reads that wait for the network fail now. Before the mount is ended: a process in such a read cannot be killed."""
+        self._stopping = True
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self.child is not None and self.child.alive:
+            with contextlib.suppress(ModelMountError):
+                await self.child.call("release", 1.0)
+
+    async def stop(self) -> None:
+        """End the worker, let go of the connection. Idempotent."""
+        self._stopping = True
+        if self.child is not None:
+            await self.child.stop()
+        self.child = None
+        self._close()
+
+    def _close(self) -> None:
+        wire.close_all([fd for fd in (self._fuse_fd, self._table_fd) if fd >= 0])
+        self._fuse_fd = self._table_fd = -1
+
+    async def _load(self, worker: Child) -> None:
+        assert self.kept is not None
+        await worker.call(
+            "load",
+            _SERVE_TIMEOUT_S,
+            [self._tree_fd, self._area_fd],
+            backend=self.kept.backend,
+            read_deadline_s=self._settings.read_deadline_s,
+        )
+
+    async def _serve(self, worker: Child) -> None:
+        assert self.kept is not None
+        # First: were we to die now, a worker that serves and that nobody knows of would be one too many.
+        await self._keeper.keep(self.kept.mount_id, _SLOT, {"pid": worker.pid}, worker.handles)
+        channel = await self._channel()
+        with channel:
+            self.jail, _ = await worker.call(
+                "serve",
+                _SERVE_TIMEOUT_S,
+                [self._fuse_fd, self._table_fd, channel.fileno()],
+                init=self._init.hex(),
+                recheck=self._recheck,
+            )
+        self.child = worker
+
+    async def _leave(self, worker: Child) -> None:
+        """Returns when it receives and answers nothing any more. Raises: ControlError when that cannot be had."""
+        patience_s = _LEAVE_PATIENCE_S
+        if self.kept is not None and self.kept.backend != BackendName.RAW and not self.kept.can_resend:
+            patience_s = self._settings.read_deadline_s  # what it holds, nobody else could answer
+        try:
+            await worker.call("stop", patience_s + _LEAVE_GRACE_S, patience_s=patience_s)
+        except ControlError as exc:
+            if not worker.kill():
+                raise
+            log.warning("mount %s: %s; it was killed", self._name, exc)
+            await worker.exited
+        worker.let_go()
+
+    async def _watch(self) -> None:
+        while not self._stopping:
+            if self.child is None:
+                await self._replace()
+                continue
+            worker, started = self.child, time.monotonic()
+            status = await self._end_of(worker)
+            async with self._changing:
+                if self.child is not worker or self._stopping:
+                    continue  # it was told to leave
+                self.child = None
+                worker.let_go()
+            if _connection_ended(self._fuse_fd):
+                log.warning("mount %s: its FUSE connection was ended from outside", self._name)
+                self._event("ConnectionAborted", "the FUSE connection was aborted or unmounted from outside")
+                self.dead = True
+                return
+            self.restarts += 1
+            self._event("WorkerRestarting", f"worker {worker.pid} ended with status {status}")
+            lived_s = time.monotonic() - started
+            self._quick_deaths = 0 if lived_s > _HEALTHY_S else self._quick_deaths + 1
+            if lived_s > _SERVED_S or self._unserved_since is None:
+                self._unserved_since = time.monotonic()
+
+    async def _end_of(self, worker: Child) -> int | None:
+        """Its exit status. One that answers nothing for some seconds is killed: stopped, or frozen in a read of the
+        connection.
+        """
+        missed = 0
+        while True:
+            done, _ = await asyncio.wait([worker.exited], timeout=_BEAT_S)
+            if done:
+                return worker.exited.result()
+            try:
+                await worker.call("ping", _BEAT_PATIENCE_S)
+                missed = 0
+            except ControlError:
+                missed += 1
+                if missed >= _MISSED_BEATS and worker.alive:
+                    log.error("mount %s: worker %d does not answer; it is killed", self._name, worker.pid)
+                    self._event("WorkerHung", f"worker {worker.pid} answered nothing for {missed * _BEAT_S:g} s")
+                    worker.kill()
+
+    async def _replace(self) -> None:
+        """Nobody reads the connection now, so what RESEND queues again is given out once."""
+        began = time.monotonic()
+        if self._unserved_since is None:
+            self._unserved_since = began
+        delay_s = 0.0
+        if self._quick_deaths > _FREE_DEATHS:
+            delay_s = min(_LONGEST_DELAY_S, 0.1 * 2.0 ** min(self._quick_deaths - _FREE_DEATHS, 10))
+        while not self._stopping:
+            await self._wait_and_refuse(delay_s)
+            worker: Child | None = None
+            try:
+                async with self._changing:
+                    self._resend()
+                    worker = await self._pool.take("worker")
+                    await self._load(worker)
+                    await self._serve(worker)
+                self._note_pause(began)
+                return
+            except ModelMountError as exc:
+                log.error("mount %s: no new worker: %s", self._name, exc)
+                if worker is not None:
+                    worker.kill()
+                delay_s = min(_LONGEST_DELAY_S, delay_s * 2 or 0.2)
+
+    async def _wait_and_refuse(self, delay_s: float) -> None:
+        """Wait. Readers who wait for a worker longer than a read may take get an error."""
+        until = time.monotonic() + delay_s
+        while (left := until - time.monotonic()) > 0:
+            since = self._unserved_since
+            if since is not None and time.monotonic() - since > self._settings.read_deadline_s:
+                self._refuse()
+            await asyncio.sleep(min(left, 1.0))
+
+    def _refuse(self) -> None:
+        assert self.kept is not None
+        try:
+            refused = refuse_waiting(
+                self._fuse_fd, self._table_fd, BackendName(self.kept.backend), can_resend=self.kept.can_resend
+            )
+        except (OSError, ModelMountError) as exc:
+            log.error("mount %s: readers wait on: %s", self._name, exc)
+            return
+        if refused:
+            log.error("mount %s: no worker starts; %d requests got an error", self._name, refused)
+            self._event("NoWorker", f"no worker can be started; {refused} requests of readers got an error")
+
+    def _note_pause(self, began: float) -> None:
+        pause_s = time.monotonic() - began
+        self.longest_pause_s = max(self.longest_pause_s, pause_s)
+        log.info("mount %s: another worker serves after %.0f ms", self._name, pause_s * 1000)
+
+    def _resend(self) -> None:
+        """Only while nobody reads the connection. The raw backend's successor finds what is owed in the table."""
+        if self.kept is not None and self.kept.can_resend and self.kept.backend != BackendName.RAW:
+            try:
+                os.write(self._fuse_fd, RESEND_MESSAGE)
+            except OSError as exc:
+                log.warning("mount %s: RESEND: %s", self._name, exc)
+
+
+def _connection_ended(fuse_fd: int) -> bool:
+    """POLLERR: unmounted or aborted. Asked before a worker is replaced, or a dead mount would spin."""
+    poll = select.poll()
+    poll.register(fuse_fd, select.POLLIN)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
