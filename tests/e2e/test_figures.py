@@ -1,4 +1,4 @@
-"""Figures, printed and never judged: run `make e2e E2E='-s tests/e2e/test_figures.py'` with MODELMOUNT_E2E_FIGURES=1."""
+"""Figures, printed and never judged: `make e2e-figures`."""
 
 from __future__ import annotations
 
@@ -61,12 +61,14 @@ def test_resident_memory_of_each_container(cluster: KubernetesApi, local_cluster
     for component in ("keeper", "supervisor", "node", "controller"):
         (pid,) = local_cluster.container_pids(component)
         name_space = os.readlink(f"/proc/{pid}/ns/pid")
-        resident = 0
+        resident, proportional = 0, 0
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and _name_space(entry) == name_space:
-                resident += int((entry / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        told.append(f"{component} {resident / 1e6:.0f} MB")
-    print("\nresident, idle (spare worker and fetcher included): " + ", ".join(told))
+                rollup = dict(line.split()[:2] for line in (entry / "smaps_rollup").read_text().splitlines()[1:])
+                resident += int(rollup["Rss:"]) * 1024
+                proportional += int(rollup["Pss:"]) * 1024
+        told.append(f"{component} {resident / 1e6:.0f} MB (Pss {proportional / 1e6:.0f})")
+    print("\nresident, idle, sum of a container's processes (spare worker and fetcher included): " + ", ".join(told))
 
 
 def _name_space(entry: Path) -> str:
