@@ -340,14 +340,18 @@ SystemdCgroup = false
         hook = self._write(
             "bind-boot-id",
             f"""#!/bin/sh
-# Called in the container's mount name space before its root becomes `/`; its state comes as JSON.
+# Called in the container's mount name space before its root becomes `/`; its state comes as JSON. A pod with a user name space
+# of its own is none of the driver's, and may not mount.
+grep -q '^ *0 *0 *4294967295$' /proc/self/uid_map || exit 0
 bundle=$(sed -n 's/.*"bundle":"\\([^"]*\\)".*/\\1/p')
 mount --bind {self.directory}/boot-id "$bundle/rootfs/proc/sys/kernel/random/boot_id"
 """,
         )
         hook.chmod(0o755)
         shown = subprocess.run([self._binaries / "ctr", "oci", "spec"], check=True, capture_output=True, text=True)
-        spec = json.loads(shown.stdout) | {"hooks": {"createContainer": [{"path": str(hook)}]}}
+        spec = json.loads(shown.stdout)
+        del spec["process"]["rlimits"]  # not what Kubernetes gives, and a pod with a user name space may not set them
+        spec |= {"hooks": {"createContainer": [{"path": str(hook)}]}}
         return self._write("base-spec.json", json.dumps(spec))
 
     def _spawn(self, name: str, arguments: list[str], binary: str | None = None) -> None:

@@ -235,9 +235,13 @@ def test_a_pod_of_the_restricted_profile_may_use_an_inline_model(cluster: Kubern
 
 
 def test_a_pod_with_a_user_namespace_of_its_own(cluster: KubernetesApi, model: Model) -> None:
-    command = f"{HASH}; cat /proc/self/uid_map >> /dev/termination-log; stat -c %u /models/version.txt >> /dev/termination-log"
+    command = (
+        "{ sha256sum /models/weights/model.safetensors | cut -d' ' -f1;"
+        " cat /proc/self/uid_map; stat -c %u /models/version.txt; } > /dev/termination-log 2>&1"
+    )
     cluster.run_pod("userns", command, inline(model.references["v1"]), MOUNTS, hostUsers=False)
     status, message = cluster.result("userns")
+    assert len(message.splitlines()) == 3, message
     digest, uid_map, owner = message.splitlines()
     assert (status, digest) == (0, model.digests["v1"])
     assert uid_map.split()[0] == "0"
