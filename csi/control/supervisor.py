@@ -91,9 +91,9 @@ class SupervisorClient:
         found = self._call("renew", _QUICK_TIMEOUT_S, keyring, **fields)["mount"]
         return None if found is None else _leased(found)
 
-    def release(self, target_path: str) -> None:
+    def release(self, target_path: str, timeout_s: float = _QUICK_TIMEOUT_S) -> None:
         """Give a lease back. Unknown is fine."""
-        self._call("release", target_path=target_path)
+        self._call("release", timeout_s, target_path=target_path)
 
     def reconcile(self, target_paths: list[str]) -> None:
         """These leases are all we have."""

@@ -31,6 +31,8 @@ from csi.volume import SHARED_DOMAIN, VolumeAttributes
 log = logging.getLogger(__name__)
 
 _UNPUBLISH_PATIENCE_S = 10.0
+_RELEASE_PATIENCE_S = 2.0
+_OWED_POLL_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +69,8 @@ class Publisher:
         self._publications, self._pins = publications, pins
         self._boot_id = boot_id
         self._locks = NamedLocks("target")
+        self._owed: set[str] = set()
+        """Leases to give back as soon as the supervisor answers."""
 
     async def recover(self) -> None:
         """After a start: tell the supervisor which leases are still ours."""
@@ -81,6 +85,7 @@ class Publisher:
         one would make kubelet take down a live pod's volume.
         """
         async with self._locks.held(request.target_path):
+            self._owed.discard(request.target_path)
             before = self._publications.get(request.target_path)
             if before is None:
                 return await self._publish_first(request)
@@ -104,10 +109,25 @@ class Publisher:
         """
         async with self._locks.held(target_path, _UNPUBLISH_PATIENCE_S):
             await asyncio.to_thread(self._keeper.unbind, target_path)
-            await asyncio.to_thread(self._supervisor.release, target_path)
+            try:
+                await asyncio.to_thread(self._supervisor.release, target_path, _RELEASE_PATIENCE_S)
+            except ControlError as exc:  # nothing shows the model any more; that is what kubelet waits for
+                log.warning("the lease of %s is given back later: %s", target_path, exc)
+                self._owed.add(target_path)
             self._publications.remove(target_path)
             if not self._publications.of_volume(volume_id):
                 self._pins.remove(volume_id)
+
+    async def give_back_leases(self) -> None:
+        """Those that a supervisor did not take back when their targets were unpublished. Never returns."""
+        while True:
+            await asyncio.sleep(_OWED_POLL_S)
+            for target_path in list(self._owed):
+                with contextlib.suppress(ModelMountError):  # tried again
+                    async with self._locks.held(target_path):
+                        if target_path in self._owed:
+                            await asyncio.to_thread(self._supervisor.release, target_path, _RELEASE_PATIENCE_S)
+                            self._owed.discard(target_path)
 
     def at(self, target_path: str) -> Publication | None:
         """The publication at that path, from memory."""

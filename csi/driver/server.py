@@ -108,7 +108,11 @@ async def serve(
     if settings.registration_dir is not None:
         registration = Registration(settings.registration_dir, settings.kubelet_endpoint or path)
         await registration.start()
-    background = [asyncio.create_task(_recover(publisher, recovered)), asyncio.create_task(keeper.run())]
+    background = [
+        asyncio.create_task(_recover(publisher, recovered)),
+        asyncio.create_task(publisher.give_back_leases()),
+        asyncio.create_task(keeper.run()),
+    ]
     if remove_startup_taint is not None:
         background.append(asyncio.create_task(_until_taint_is_gone(remove_startup_taint)))
     if announcer is not None:

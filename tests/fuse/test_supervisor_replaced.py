@@ -328,3 +328,30 @@ def test_a_stopped_supervisor_that_ends_leaves_its_mounts_to_the_next(
         print(f"ended after {time.monotonic() - began:.2f} s")
         node.start_supervisor()
         assert mount_of(node)["targets"] == [str(target)]
+
+
+def test_a_worker_that_is_stopped_is_replaced(node: SeparateProcesses, model: tuple[str, Path]) -> None:
+    reference, expected = model
+    target = node.target()
+    node.publish(reference, target)
+    skip_without_resend(node)
+    stopped = mount_of(node)["worker_pid"]
+    with CheckingReader(target / "model.bin", expected):
+        os.kill(stopped, signal.SIGSTOP)
+        wait_for(node, "another worker", lambda: mount_of(node)["worker_pid"] != stopped)
+    assert "WorkerHung" in [event["reason"] for event in mount_of(node)["events"]]
+
+
+def test_an_unpublish_does_not_wait_for_a_stopped_supervisor(node: SeparateProcesses, model: tuple[str, Path]) -> None:
+    """It gives the lease back when the supervisor answers again."""
+    reference, _ = model
+    target = node.target()
+    node.publish(reference, target)
+    os.kill(node.supervisors[-1].pid, signal.SIGSTOP)
+    try:
+        node.unpublish(target)
+        assert not target.exists()
+    finally:
+        os.kill(node.supervisors[-1].pid, signal.SIGCONT)
+    wait_for(node, "the mount to end", lambda: node.status() == [])
+    wait_for(node, "it to be unmounted", lambda: KeeperClient(str(node.state_dir)).mounts() == [])

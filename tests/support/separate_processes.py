@@ -69,6 +69,7 @@ class SeparateProcesses(NodeProcess):
         number = len(self.supervisors)
         ready = self.directory / f"ready-{number}"
         data = ["--data-dir", str(self.data_dir), "--ready-file", str(ready)]
+        data.append("--cache-min-free=1")  # how full the machine's disk is must not decide a test
         process = self._spawn("supervisor", *self._common, *data, *self._flags, *flags)
         self.supervisors.append(process)
         return process
