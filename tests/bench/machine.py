@@ -89,8 +89,8 @@ def role_of(pid: int, serving: set[int]) -> str:
 
 
 def settled(node: NodeProcess) -> None:
-    """Wait until nothing is fetched, hashed or copied any more, at most two minutes."""
-    deadline = time.monotonic() + 120
+    """Wait until nothing is fetched, hashed or copied any more, at most a minute."""
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         before = cpu_of_ours(node)
         time.sleep(0.5)

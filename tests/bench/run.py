@@ -66,12 +66,12 @@ def rows(samples: Samples, gib: float) -> Iterator[Row]:
     yield from (Row.of(name, unit, [value]) for name, value, unit in samples.facts)
 
 
-def measure(args: argparse.Namespace, directory: Path) -> list[Row]:
-    """All rounds of all cases."""
+def measure(args: argparse.Namespace, directory: Path, samples: Samples) -> list[str]:
+    """All rounds of all cases, until a signal ends them. What failed."""
     binary = find_or_install_registry(args.tools)
     registry = RegistryProcess(binary, directory / "registry")
     registry.start()
-    samples = Samples()
+    failed: list[str] = []
     try:
         size = int(args.gib * 64) * 16 * MIB
         print(f"pushing a model of {size / GIB:.1f} GiB", flush=True)
@@ -84,17 +84,23 @@ def measure(args: argparse.Namespace, directory: Path) -> list[Row]:
             for number in range(args.rounds):
                 for name in args.only or CASES:
                     started = time.monotonic()
-                    CASES[name](bench)
+                    try:
+                        CASES[name](bench)
+                    except Exception as exc:  # the others are worth knowing
+                        failed.append(f"round {number + 1}: {name} failed: {exc!r}")
+                        print(failed[-1], flush=True)
                     print(f"round {number + 1}: {name}, {time.monotonic() - started:.0f} s", flush=True)
+        except KeyboardInterrupt:
+            failed.append("interrupted: the table is of the rounds before")
         finally:
             front.stop()
     finally:
         registry.stop()
-    return list(rows(samples, size / GIB))
+    return failed
 
 
 def main() -> int:
-    """Print the table; write bench.json, and bench.md for docs/benchmarks.md."""
+    """Print the table; write bench.json, and bench.md for docs/benchmarks.md. Ctrl-C ends it with the table so far."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True, help="made for the run, removed after it")
     parser.add_argument("--tools", type=Path, required=True, help="where unpacked programs are kept")
@@ -109,18 +115,21 @@ def main() -> int:
     directory = args.directory.absolute()
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
+    samples = Samples()
     try:
-        table = measure(args, directory)
+        failed = measure(args, directory, samples)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    made = f"{args.gib:g} GiB, {args.rounds} rounds, {datetime.date.today()}, {description()}"
+    table = list(rows(samples, int(args.gib * 64) / 64))
+    made = f"{args.gib:g} GiB, {max((row.rounds for row in table), default=0)} rounds, {datetime.date.today()}, {description()}"
     Path("bench.json").write_text(
         json.dumps({"made": made, "rows": [{**asdict(row), "verdict": row.verdict} for row in table]}, indent=2) + "\n",
         encoding="utf-8",
     )
     Path("bench.md").write_text(f"{made}\n\n{as_markdown(table)}", encoding="utf-8")
     print(f"\n{made}\n{as_text(table)}")
-    return 0
+    print(*failed, sep="\n")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
