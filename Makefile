@@ -9,6 +9,8 @@ IMAGE ?= localhost/modelmount:dev
 HELM := $(or $(wildcard $(CURDIR)/.tools/k8s/helm),helm)
 # Arguments for pytest: make e2e E2E='-k inline', make test-survival SURVIVAL='--kills 1000'
 E2E ?=
+# Arguments for the benchmarks: make bench BENCH="--quick --only sequential"
+BENCH ?=
 SURVIVAL ?=
 
 .DEFAULT_GOAL := help
@@ -92,8 +94,8 @@ manifests: ## render the plain manifests from the chart (needs helm)
 docs: setup ## write the pages that are made from tables in the code
 	@$(BIN)/python docs/generate.py
 
-bench: need-root setup ## measure against curl and cat in the same run; writes bench.json (root)
-	@$(SUDO) $(BIN)/python tests/bench/run.py --directory .bench --tools .tools
+bench: need-root setup ## measure against curl, cat and rclone in the same run; writes bench.json, bench.md (root); BENCH=--quick
+	@$(SUDO) $(BIN)/python tests/bench/run.py --directory .bench --tools .tools $(BENCH)
 
 lint: setup ## ruff, formatting
 	@$(BIN)/ruff check .
@@ -114,4 +116,4 @@ proto-check: setup ## fail when csi/wire is stale
 check: lint type proto-check test test-csi demo ## exactly what CI runs
 
 clean: ## remove what this Makefile made
-	@rm -rf $(VENV) .tools .demo .bench bench.json survival.json build *.egg-info .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .tools .demo .bench bench.json bench.md survival.json build *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _BUFFER_BYTES = 1024 * 1024  # to begin with: it grows to the largest request the kernel makes
 _LARGEST_READ = 16 * 1024 * 1024
+_SPARE_BUFFERS = 8  # kept for reads from the disk: fresh memory costs more than such a read
 _ASK_AGAIN_S = 1.0
 _TRY_AGAIN_S = 0.05
 DEFAULT_DEADLINE_S = 120.0
@@ -74,7 +75,8 @@ class CachedReader:
         self._waiting: dict[Block, list[trio.Event]] = {}
         self._failures: dict[Block, ModelMountError] = {}
         self._last_error: ModelMountError | None = None
-        self._buffer = memoryview(mmap.mmap(-1, _BUFFER_BYTES))
+        self._buffer = _aligned(_BUFFER_BYTES)
+        self._spare: list[memoryview] = []  # for reads in threads, which take a buffer each
         self._ring: BorrowedBlocks | None = None
         self._lent: dict[Block, int] = {}  # oldest first
         self._read_out: set[Block] = set()  # of those, the ones whose last byte was read
@@ -250,13 +252,12 @@ class CachedReader:
         if not all(map(reader.has, blocks.blocks_of(start, length))):
             return None
         if length > len(self._buffer):
-            self._buffer = memoryview(mmap.mmap(-1, length))
+            self._buffer = _aligned(length)
         try:
             try:
                 view = self._fill(reader, self._buffer, start, length, os.RWF_NOWAIT)
             except BlockingIOError:
-                own = memoryview(mmap.mmap(-1, length))
-                view = await trio.to_thread.run_sync(self._fill, reader, own, start, length, 0)
+                view = await self._fill_in_thread(reader, start, length)
             # A segment's file may have been replaced since we looked at its marks.
             return view if reader.generation == generation else None
         except CacheError as exc:
@@ -267,13 +268,26 @@ class CachedReader:
                     self._fetcher.report_damaged(blob, block)
             return None
 
+    async def _fill_in_thread(self, reader: BlobReader, start: int, length: int) -> memoryview:
+        """As `_fill`, from the disk. The buffer is another read's as soon as that read runs, so this one is answered first, as
+        with the shared buffer.
+        """
+        buffer = self._spare.pop() if self._spare else _aligned(max(length, _BUFFER_BYTES))
+        if len(buffer) < length:
+            buffer = _aligned(length)
+        try:
+            return await trio.to_thread.run_sync(self._fill, reader, buffer, start, length, 0)
+        finally:
+            if len(self._spare) < _SPARE_BUFFERS:
+                self._spare.append(buffer)
+
     async def _copy_without_cache(self, blob: int, start: int, length: int) -> memoryview:
         """Block by block from wherever each is, within the read's deadline.
 
         Raises: RegistryUnavailableError, DigestMismatchError.
         """
         self.counters["lent_reads"] += 1
-        own = memoryview(mmap.mmap(-1, length))
+        own = _aligned(length)
         with trio.move_on_after(self._deadline_s):
             for block in blocks.blocks_of(start, length):
                 first = max(start, block * blocks.BLOCK_BYTES)
@@ -334,3 +348,8 @@ class CachedReader:
             except CacheError:
                 return None
         return reader
+
+
+def _aligned(size_bytes: int) -> memoryview:
+    """Page-aligned memory of our own: copies into it cost a fraction. Private, as shared memory is slower to come by."""
+    return memoryview(mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

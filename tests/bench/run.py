@@ -121,7 +121,7 @@ def main() -> int:
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     table = list(rows(samples, int(args.gib * 64) / 64))
-    made = f"{args.gib:g} GiB, {max((row.rounds for row in table), default=0)} rounds, {datetime.date.today()}, {description()}"
+    made = f"{args.gib:g} GiB, {max((row.rounds for row in table if row.unit == 'ratio'), default=0)} rounds, {datetime.date.today()}, {description()}"
     Path("bench.json").write_text(
         json.dumps({"made": made, "rows": [{**asdict(row), "verdict": row.verdict} for row in table]}, indent=2) + "\n",
         encoding="utf-8",
