@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class Spec:
     volumes: Sequence[Volume] = ()
     capabilities: Sequence[str] | None = ()
     groups: Sequence[int] = ()
+    empty_dirs: Sequence[str] = ()
     memory_bytes: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     user_namespace: int | None = None
@@ -87,7 +88,10 @@ def daemon_set(component: str, host_paths: Mapping[str, Path], checkout: Path = 
     for where, name in ((context, "runAsUser"), (pod.get("securityContext", {}), "runAsUser")):
         assert where.get(name, 0) == 0, "other users are not made here"
     assert context["readOnlyRootFilesystem"]
-    paths = {volume["name"]: host_paths[volume["hostPath"]["path"]] for volume in pod["volumes"]}
+    own = {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume}
+    paths = {
+        volume["name"]: host_paths[volume["hostPath"]["path"]] for volume in pod["volumes"] if "hostPath" in volume
+    }
     limits = container["resources"]["limits"]
     return Spec(
         arguments=[argument.replace("$(NODE_NAME)", "survival-node") for argument in container["args"]],
@@ -100,12 +104,14 @@ def daemon_set(component: str, host_paths: Mapping[str, Path], checkout: Path = 
                     read_only=mount.get("readOnly", False),
                 )
                 for mount in container["volumeMounts"]
+                if mount["name"] not in own
             ),
             *([Volume(source=checkout / "csi", path=str(ROOT / "csi"), read_only=True)] if checkout != ROOT else []),
         ],
         capabilities=None if context.get("privileged") else context["capabilities"].get("add", []),
         groups=pod.get("securityContext", {}).get("supplementalGroups", []),
         memory_bytes=parse_size(limits["memory"]),
+        empty_dirs=[mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in own],
     )
 
 
@@ -114,6 +120,7 @@ class Container:
 
     def __init__(self, name: str, spec: Spec, directory: Path) -> None:
         self.name = name
+        self.arguments = spec.arguments
         self._directory = directory
         self._identity = f"{directory.name}-{name}"
         self.log_path = directory / f"{name}.log"
@@ -196,6 +203,10 @@ class Container:
         # A runc that was too late to see the end of an init leaves its record.
         subprocess.run([*self._runc, "delete", "--force", self._identity], capture_output=True)
         return status
+
+    def has_file(self, path: str) -> bool:
+        """Whether that path is there inside."""
+        return os.path.exists(f"/proc/{self.pid}/root{path}")
 
     def limit(self, *, cpus: float | None = None, memory_bytes: int | None = None) -> None:
         """Change its cgroup's limits while it runs. `cpus` 0: no limit."""
@@ -305,6 +316,7 @@ def _configuration(spec: Spec, identity: str) -> dict[str, Any]:
             else _bind(Volume(source=Path("/sys"), path="/sys", read_only=True)),
             *(_bind(Volume(source=Path(path), path=path, read_only=True)) for path in _image()),
             *(_bind(volume) for volume in spec.volumes),
+            *(_tmpfs(path, "nosuid", "nodev", "mode=777") for path in spec.empty_dirs),
         ],
         "linux": linux,
     }
@@ -312,14 +324,7 @@ def _configuration(spec: Spec, identity: str) -> dict[str, Any]:
 
 def modelmount(spec: Spec, *more: str) -> Spec:
     """The same container, its arguments being those of `modelmount`, with `more` after them."""
-    return Spec(
-        arguments=[sys.executable, "-m", "csi.cli.main", *spec.arguments, *more],
-        volumes=spec.volumes,
-        capabilities=spec.capabilities,
-        groups=spec.groups,
-        memory_bytes=spec.memory_bytes,
-        environment=spec.environment,
-    )
+    return replace(spec, arguments=[sys.executable, "-m", "csi.cli.main", *spec.arguments, *more])
 
 
 def _all_capabilities() -> list[str]:
