@@ -9,9 +9,13 @@ from formats.artifacts import Contents
 
 
 def mounted(target: Path) -> Contents:
-    """Path → content, of everything below `target`."""
+    """Path → content, of everything below `target`. Raises: OSError also for a directory that cannot be listed."""
+
+    def unlisted(error: OSError) -> None:
+        raise error
+
     shown: dict[str, bytes | str | None] = {}
-    for directory, subdirectories, names in os.walk(target):
+    for directory, subdirectories, names in os.walk(target, onerror=unlisted):
         for name in [*subdirectories, *names]:
             path = Path(directory, name)
             relative = str(path.relative_to(target))
