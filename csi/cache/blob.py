@@ -18,8 +18,6 @@ from csi.errors import CacheError
 from csi.oci.digest import Digest
 from csi.stream import blocks
 
-_HASH_BYTES = 32
-
 
 class _OpenFile:
     """A descriptor that is closed with the last reference: a read in another thread may still use it when it is replaced,
@@ -184,7 +182,11 @@ class BlobWriter(_MappedBlob):
         self._allocating = threading.Lock()
         self._replacing = threading.Lock()  # held for no longer than it takes to change a mark or a name
         self.hashes: bytes | None = None
-        """BLAKE3 of every block where what has no segment of its own is in a proven blob."""
+        """BLAKE3 of every block, where the sha256 of all of them was right: in the store, or here."""
+        self.is_shared = False
+        """What has no segment of its own is in a proven blob."""
+        self.drops = 0
+        """How often a mark was taken from a block."""
         self.lost_blocks = 0
         """How many were there until somebody cut off or replaced their file."""
 
@@ -207,7 +209,8 @@ class BlobWriter(_MappedBlob):
         """
         try:
             make_directory(area_fd, digest)
-            hashes = _shared_hashes(area_fd, digest, size_bytes)
+            shared = _read_hashes(area_fd, digest, fmt.HASHES_NAME, size_bytes)
+            hashes = shared or _read_hashes(area_fd, digest, fmt.CHECKED_NAME, size_bytes)
             recheck = recheck or hashes is not None
             map_fd = _open_map(area_fd, digest.path_name, size_bytes, boot_id, recheck=recheck)
         except OSError as exc:
@@ -218,12 +221,14 @@ class BlobWriter(_MappedBlob):
             raise CacheError(f"block map of blob {digest.short()} cannot be mapped: {exc}") from exc
         finally:
             os.close(map_fd)
-        if hashes is not None:
-            writer._use_shared(hashes)
+        writer.hashes = hashes
+        if shared is not None:
+            writer._use_shared(shared)
             writer._remove_segments()  # not before: a reader goes by the marks
         elif recheck:
-            found = writer._map[fmt.HEADER_BYTES :]
-            writer._map[fmt.HEADER_BYTES :] = found.translate(_ALL_KEPT)
+            writer._keep_all()
+            if hashes is not None and writer.stored_blocks() == writer.block_count:
+                writer._map[fmt.STATE_OFFSET] = BlobState.VERIFIED
         return writer
 
     @classmethod
@@ -268,14 +273,25 @@ class BlobWriter(_MappedBlob):
     def drop(self, block: int) -> None:
         """The block's bytes are not what they should be: nobody reads them."""
         self._map[fmt.HEADER_BYTES + block] = Mark.ABSENT
+        self.drops += 1
         if self.state is BlobState.VERIFIED:
             self._map[fmt.STATE_OFFSET] = BlobState.FILLING
 
-    def mark_verified(self, generation: int) -> bool:
-        """The sha256 of what was read at that `generation` matched: make the bytes durable, then say so. False when they are
-        not there any more. Raises: CacheError.
+    def recheck(self) -> None:
+        """Every block that is there is to be checked before it is read, also one that is being written just now."""
+        with self._replacing:
+            self._keep_all()
+            self._next_generation()
+
+    def _keep_all(self) -> None:
+        self._map[fmt.HEADER_BYTES :] = self._map[fmt.HEADER_BYTES :].translate(_ALL_KEPT)
+
+    def mark_verified(self, generation: int, hashes: bytes) -> bool:
+        """The sha256 of what was read at that `generation` matched, and `hashes` are those of its blocks: make the bytes durable,
+        then say so. False when they are not there any more. Raises: CacheError.
         """
         try:
+            _write_whole(self._area_fd, f"{self._name}/{fmt.CHECKED_NAME}", fmt.pack_hashes(hashes))
             for segment in range(-(-self.size_bytes // blocks.SEGMENT_BYTES)):
                 os.fdatasync(self._opened(segment)[0].fd)
         except OSError as exc:
@@ -292,21 +308,27 @@ class BlobWriter(_MappedBlob):
         """The sha256 did not match: nobody reads another byte of this, and the next writer starts empty."""
         self._map[fmt.STATE_OFFSET] = BlobState.POISONED
         self._map[fmt.HEADER_BYTES :] = bytes(self.block_count)
+        with contextlib.suppress(OSError):
+            os.unlink(f"{self._name}/{fmt.CHECKED_NAME}", dir_fd=self._area_fd)
 
-    def adopt(self, digest: Digest, known: bytes | None) -> bool:
+    def offered(self, digest: Digest) -> bytes | None:
+        """The hashes of a proven blob that the store has put beside what we have, and that is not used yet."""
+        return None if self.is_shared else _read_hashes(self._area_fd, digest, fmt.HASHES_NAME, self.size_bytes)
+
+    def adopt(self, digest: Digest, known: bytes | None, *, fresh: bool) -> bool:
         """The store may have put a proven blob beside what we have. True when it is used from now on: not when its hashes are
-        not those that are `known` of the blob's blocks.
+        not those that are `known` of the blob's blocks. `fresh`: it is a copy of what we have, made and hashed just now.
         """
-        hashes = _shared_hashes(self._area_fd, digest, self.size_bytes)
-        if hashes is None or self.hashes is not None or self.state is BlobState.POISONED:
+        hashes = self.offered(digest)
+        if hashes is None or self.state is BlobState.POISONED:
             return False
         if known is not None and known != hashes:
             return False
         self._remove_segments()  # what was in one of them is read from the proven blob
         with self._replacing:
             self._remove_segments()  # those that were made meanwhile
-            if self.stored_blocks() == self.block_count:  # the same bytes, and the store has hashed them
-                self.hashes = hashes
+            if fresh and self.stored_blocks() == self.block_count:
+                self.hashes, self.is_shared = hashes, True
                 self._writable.clear()
                 self._next_generation()
             else:
@@ -314,7 +336,7 @@ class BlobWriter(_MappedBlob):
         return True
 
     def _use_shared(self, hashes: bytes) -> None:
-        self.hashes = hashes
+        self.hashes, self.is_shared = hashes, True
         self._writable.clear()
         self._map[fmt.HEADER_BYTES :] = bytes([Mark.KEPT]) * self.block_count
         self._map[fmt.STATE_OFFSET] = BlobState.VERIFIED
@@ -399,15 +421,24 @@ def make_directory(area_fd: int, digest: Digest) -> None:
         os.mkdir(digest.path_name, 0o775, dir_fd=area_fd)
 
 
-def _shared_hashes(area_fd: int, digest: Digest, size_bytes: int) -> bytes | None:
+def _read_hashes(area_fd: int, digest: Digest, name: str, size_bytes: int) -> bytes | None:
     try:
-        path = f"{digest.path_name}/{fmt.HASHES_NAME}"
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=area_fd)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(f"{digest.path_name}/{name}", flags, dir_fd=area_fd)
     except OSError:
         return None
     with open(fd, "rb") as file:
-        hashes = file.read()
-    return hashes if len(hashes) == blocks.block_count(size_bytes) * _HASH_BYTES else None
+        return fmt.unpack_hashes(file.read(), blocks.block_count(size_bytes))
+
+
+def _write_whole(area_fd: int, path: str, content: bytes) -> None:
+    """Durable, and whole or not at all."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    with open(os.open(f"{path}.new", flags, fmt.FILE_MODE, dir_fd=area_fd), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(f"{path}.new", path, src_dir_fd=area_fd, dst_dir_fd=area_fd)
 
 
 _ALL_KEPT = bytes([Mark.ABSENT, Mark.KEPT, Mark.KEPT, *[Mark.ABSENT] * 253])
@@ -435,7 +466,7 @@ def _is_usable(fd: int, size_bytes: int, boot_id: bytes, *, recheck: bool) -> bo
         return False
     fits = (header.size_bytes, header.block_bytes) == (size_bytes, blocks.BLOCK_BYTES)
     complete = os.fstat(fd).st_size == fmt.HEADER_BYTES + blocks.block_count(size_bytes)
-    trusted = header.state is BlobState.VERIFIED or (
-        header.state is BlobState.FILLING and (recheck or header.boot_id == boot_id)
+    trusted = (recheck and header.state is not BlobState.POISONED) or (
+        header.state is BlobState.FILLING and header.boot_id == boot_id
     )
     return fits and complete and trusted

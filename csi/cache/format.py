@@ -7,21 +7,23 @@
                 every segment that is not there
     index       of an archive layer: what is in it, see `csi.oci.archive.layer_index`
     decoded     of a layer that can only be decoded from its start: the result, complete when there is an index
-    hashes      BLAKE3 of every block of `data`, 32 bytes each; made known to the mount after `data`. Every block is checked
-                before it is read
+    hashes      BLAKE3 of every block of `data`, 32 bytes each, and sha256 of all of them; made known to the mount after `data`.
+                Every block is checked before it is read
+    checked     the same of the mount's own segments, once the sha256 of all of them was right
 
 The map is shared memory between the one writer and any number of readers. A block is marked after its bytes are
 in the segment, so a process that dies at any instant loses at most unmarked blocks. A machine that dies may lose
 page cache behind a mark, and between two mounts anything may happen to a file. So a writer that has the hashes of the
 blocks takes every mark it finds for `KEPT` only, and checks the block before it is read; a writer that has none takes
-marks of another boot only once the blob is `VERIFIED`: that state is written after fdatasync of every segment and a
-sha256 over the whole blob.
+only marks of this boot, and only while the blob is `FILLING`: the sha256 over the whole blob is still to come. That of a
+`VERIFIED` blob is not, so without `checked` nothing of it counts.
 
 All numbers little endian; a change of the layout is a new `VERSION` and another directory (see `area_path`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
@@ -35,6 +37,8 @@ MAP_NAME = "map"
 FILE_MODE = 0o644
 DATA_NAME = "data"
 HASHES_NAME = "hashes"
+CHECKED_NAME = "checked"
+_HASH_BYTES = 32
 _SEGMENT_PREFIX = "seg-"
 _MAGIC = b"MMBLKMAP"
 _HEADER = struct.Struct("<8sHHIQQBB14x16s")  # magic version pad block_bytes size blocks state generation boot_id
@@ -92,6 +96,17 @@ def unpack_header(data: bytes | memoryview) -> MapHeader:
     if magic != _MAGIC or version != VERSION:
         raise CacheError(f"not a block map of version {VERSION}")
     return MapHeader(size_bytes, block_bytes, blocks, known_state, boot_id)
+
+
+def pack_hashes(hashes: bytes) -> bytes:
+    """The content of `hashes` and `checked`: damage of the file itself shows too."""
+    return hashes + hashlib.sha256(hashes).digest()
+
+
+def unpack_hashes(data: bytes, blocks: int) -> bytes | None:
+    """None for anything but the hashes of so many blocks, whole."""
+    hashes, own = data[: blocks * _HASH_BYTES], data[blocks * _HASH_BYTES :]
+    return hashes if len(hashes) == blocks * _HASH_BYTES and own == hashlib.sha256(hashes).digest() else None
 
 
 def segment_name(segment: int) -> str:

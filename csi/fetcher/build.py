@@ -279,10 +279,10 @@ class BuildService:
     def _verified(self, request: wire.Message) -> None:
         """Polled: the state is one byte in memory, and a layer is read but once."""
         blob = self._position(request)
-        if self._index is not None:  # every block was checked when it came
+        writer = self._writers[blob]
+        if self._index is not None or writer.hashes is not None:  # every block was checked before it was read
             self._reply(wire.ok(request))
             return
-        writer = self._writers[blob]
         while self._channel.fileno() >= 0:
             if writer.state is BlobState.VERIFIED:
                 self._reply(wire.ok(request))

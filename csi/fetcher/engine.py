@@ -41,7 +41,7 @@ from csi.errors import (
 )
 from csi.fetcher.counters import Counters
 from csi.fetcher.intake import Intake, Outcome
-from csi.fetcher.proving import DigestCheck, Found, block_buffer, look_at_kept
+from csi.fetcher.proving import DigestCheck, Found, block_buffer, look_at_kept, read_stored
 from csi.integrity.index import BlobHashes
 from csi.stream import blocks
 from csi.stream.ports import ModelSource
@@ -120,7 +120,7 @@ class FetchEngine:
         self._counters = Counters()
         self._last_want = 0.0
         self._final_tries: dict[tuple[int, int], int] = {}
-        self._last_event = -_EVENT_INTERVAL_S
+        self._last_event: dict[type[ModelMountError], float] = {}  # one kind must not hide the other
         self._intake = Intake(
             writers,
             ring,
@@ -148,8 +148,9 @@ class FetchEngine:
                 self._lock,
                 is_stopping=lambda: self._stopping,
                 stand_back=self._stand_back,
-                on_right=self._told_complete,
-                on_wrong=self._wrong_blob,
+                on_right=self._right_blob,
+                on_damaged=self.damaged,
+                on_wrong=self._wrong_digest,
             )
             self._spawn("hash", check.run)
 
@@ -183,15 +184,35 @@ class FetchEngine:
         self._writers[blob].poison()
         self._on_wrong(error)
 
-    def adopt_shared(self, blob: int) -> None:
-        """The store may have put a proven blob in place of what we have, or had not yet."""
+    def adopt_shared(self, blob: int, *, fresh: bool) -> None:
+        """The store may have put a proven blob in place of what we have, or had not yet. `fresh`: it is a copy of ours."""
         writer, spec = self._writers[blob], self._specs[blob]
         known = self._hashes[blob]
-        if writer.adopt(spec.digest, known.hashes if known else None) and writer.hashes is not None:
+        if known is None and (offered := writer.offered(spec.digest)) is not None:
+            self._check_served(blob, BlobHashes(spec.digest, spec.size_bytes, offered))
+        if writer.adopt(spec.digest, known.hashes if known else None, fresh=fresh) and writer.hashes is not None:
             with self._lock:
                 if self._hashes[blob] is None:
                     self._hashes[blob] = BlobHashes(spec.digest, spec.size_bytes, writer.hashes)
         self.hold(blob, held=False)
+
+    def _check_served(self, blob: int, hashes: BlobHashes) -> None:
+        """What readers may have had of a blob before anything was known of it: wrong bytes do not become right by being
+        replaced.
+        """
+        buffer, writer = block_buffer(), self._writers[blob]
+        for block in range(writer.block_count):
+            if not writer.has(block):
+                continue
+            view = buffer[: blocks.block_length(writer.size_bytes, block)]
+            try:
+                read_stored(writer, block, view)
+            except (OSError, CacheError):
+                continue  # nobody else can read it either
+            if not hashes.is_right(block, view) and writer.has(block):
+                writer.poison()
+                self._wrong_blob(blob, f"block {block} is another one than the digest's")
+                return
 
     def hold(self, blob: int, *, held: bool) -> None:
         """Leave a blob out of the background while it may still come from elsewhere."""
@@ -256,9 +277,11 @@ class FetchEngine:
             }
 
     def _is_proven(self, blob: int) -> bool:
-        """Whether all of a blob is here, each block checked on its way in."""
+        """Whether all of a blob is here, each block checked on its way in, or when it is read if its sha256 was right before."""
         writer = self._writers[blob]
-        return self._hashes[blob] is not None and writer.state is BlobState.FILLING and writer.is_whole
+        if self._hashes[blob] is None or writer.state is not BlobState.FILLING:
+            return False
+        return writer.is_whole or (writer.hashes is not None and writer.stored_blocks() == writer.block_count)
 
     def _readers_wait(self) -> bool:
         """Somebody reads what is not there yet: a demand, or the read-ahead of a reader that is only just fed."""
@@ -440,7 +463,7 @@ class FetchEngine:
 
     def _told_complete(self, blob: int) -> None:
         with self._lock:
-            if blob in self._complete or self._writers[blob].hashes is not None:
+            if blob in self._complete or self._writers[blob].is_shared:
                 return
             self._complete.add(blob)
         self._on_complete(blob)
@@ -477,9 +500,10 @@ class FetchEngine:
 
     def _tell_wrong(self, error: ModelMountError) -> None:
         with self._lock:
-            if time.monotonic() - self._last_event < _EVENT_INTERVAL_S:
+            now = time.monotonic()
+            if now - self._last_event.get(type(error), -_EVENT_INTERVAL_S) < _EVENT_INTERVAL_S:
                 return
-            self._last_event = time.monotonic()
+            self._last_event[type(error)] = now
         self._on_wrong(error)
 
     def _pause(self, seconds: float, generation: int) -> None:
@@ -496,15 +520,24 @@ class FetchEngine:
         if self._settings.cores < _SCARCE_CORES and self._readers_wait():
             self._lock.wait_for(lambda: self._stopping or not self._readers_wait(), _HASH_PATIENCE_S)
 
-    def _wrong_blob(self, blob: int, found: str) -> None:
+    def _right_blob(self, blob: int, hashes: bytes) -> None:
+        """From now on each of its blocks can be checked by itself."""
+        spec = self._specs[blob]
+        with self._lock:
+            self._hashes[blob] = BlobHashes(spec.digest, spec.size_bytes, hashes)
+        self._told_complete(blob)
+
+    def _wrong_digest(self, blob: int, found: str) -> None:
+        spec = self._specs[blob]
+        self._wrong_blob(blob, f"the {spec.size_bytes} bytes received hash to {spec.digest.algorithm}:{found[:12]}")
+
+    def _wrong_blob(self, blob: int, what: str) -> None:
         spec = self._specs[blob]
         self._on_wrong(
             DigestMismatchError(
-                f"blob {spec.digest.short()} from {self._sources[0].origin}: the {spec.size_bytes} bytes received hash to "
-                f"{spec.digest.algorithm}:{found[:12]}; reads of it fail from now on, and its cache is dropped; check the "
-                "registry's storage, or push the model again",
+                f"blob {spec.digest.short()} from {self._sources[0].origin}: {what}; reads of it fail from now on, and its "
+                "cache is dropped; check the registry's storage, or push the model again",
                 expected=str(spec.digest),
-                actual=f"{spec.digest.algorithm}:{found}",
                 subject=str(spec.digest),
             )
         )

@@ -9,7 +9,7 @@
     build        a channel to the worker that finds out what is in the model (see `csi.fetcher.build`)
     fill         fetch the whole model from now on
     challenge    blobs that the store has: their blocks that our registry has to show first
-    shared       the store has put a proven blob into the area
+    shared       the store has put a proven blob into the area; `fresh`: a copy of ours, made and hashed just now
     grant        how much more may be allocated
     worker       a channel to the mount's (new) worker, which then sends the list of blobs and what it wants
     hosts        which hosts serve which registry (mirrors), for the sources opened from then on
@@ -179,7 +179,9 @@ class Fetcher:
                     self._challenge(wire.exactly(fds, 1)[0])
                     self._reply(wire.ok(request))
                 case "shared":
-                    self._adopt_shared(Digest.parse(wire.field(request, "digest", str)))
+                    self._adopt_shared(
+                        Digest.parse(wire.field(request, "digest", str)), fresh=wire.field(request, "fresh", bool)
+                    )
                     self._reply(wire.ok(request))
                 case "grant":
                     self._allowance.add(wire.field(request, "size_bytes", int))
@@ -364,11 +366,11 @@ class Fetcher:
                 release.daemon = True
                 release.start()
 
-    def _adopt_shared(self, digest: Digest) -> None:
+    def _adopt_shared(self, digest: Digest, *, fresh: bool) -> None:
         if self._engine is not None:
             for blob, spec in enumerate(self._specs):
                 if spec.digest == digest:
-                    self._engine.adopt_shared(blob)
+                    self._engine.adopt_shared(blob, fresh=fresh)
 
     def _on_complete(self, blob: int) -> None:
         spec = self._specs[blob]

@@ -13,7 +13,7 @@ from enum import Enum, auto
 from csi.cache.blob import BlobWriter
 from csi.cache.format import BlobState
 from csi.errors import CacheError
-from csi.integrity.index import BlobHashes
+from csi.integrity.index import BlobHashes, hash_of
 from csi.stream import blocks
 from csi.tree.model import BlobSpec
 
@@ -66,8 +66,10 @@ class DigestCheck:
     """Checks each blob that has no hashes of its blocks once it is complete: reads its blocks in order, as they come and while
     they are in the page cache.
 
-    `stand_back` is called under `lock` before each block and may wait on it, `on_right(blob)` and `on_wrong(blob, hex)` say
-    what was found. `hashes[i]` may be filled in meanwhile: then somebody else has proven that blob.
+    `stand_back` is called under `lock` before each block and may wait on it, `on_right(blob, hashes)` and `on_wrong(blob, hex)`
+    say what was found: with the first come the hashes of the blob's blocks, which are known to be right from then on.
+    `on_damaged(blob, block)` says that a marked block cannot be read. `hashes[i]` may be filled in meanwhile: then somebody
+    else has proven that blob.
     """
 
     def __init__(
@@ -79,12 +81,13 @@ class DigestCheck:
         *,
         is_stopping: Callable[[], bool],
         stand_back: Callable[[], None],
-        on_right: Callable[[int], None],
+        on_right: Callable[[int, bytes], None],
+        on_damaged: Callable[[int, int], None],
         on_wrong: Callable[[int, str], None],
     ) -> None:
         self._specs, self._writers, self._hashes, self._lock = specs, writers, hashes, lock
         self._is_stopping, self._stand_back = is_stopping, stand_back
-        self._on_right, self._on_wrong = on_right, on_wrong
+        self._on_right, self._on_damaged, self._on_wrong = on_right, on_damaged, on_wrong
 
     def run(self) -> None:
         """Until every blob is checked or `is_stopping`: for a thread of its own."""
@@ -97,7 +100,8 @@ class DigestCheck:
     def _check(self, blob: int, buffer: memoryview) -> bool:
         """One pass over a blob; False to stop. After a pass in which a file of it was replaced, its state is what it was."""
         spec, writer = self._specs[blob], self._writers[blob]
-        hasher, generation = spec.digest.hasher(), writer.generation
+        hasher, generation, drops = spec.digest.hasher(), writer.generation, writer.drops
+        hashes = bytearray()
         for block in range(writer.block_count):
             with self._lock:
                 while not writer.has(block) and not self._is_stopping() and self._hashes[blob] is None:
@@ -108,18 +112,24 @@ class DigestCheck:
                     return True
                 self._stand_back()
             view = buffer[: blocks.block_length(spec.size_bytes, block)]
-            read_stored(writer, block, view)
+            try:
+                read_stored(writer, block, view)
+            except (OSError, CacheError):
+                self._on_damaged(blob, block)
+                return True
             hasher.update(view)
+            hashes += hash_of(view)
         if writer.generation != generation:
             return True
         if hasher.hexdigest() == spec.digest.hex:
+            self._on_right(blob, bytes(hashes))
+            if writer.drops != drops:  # what was fetched again after it was read here was checked by nobody
+                writer.recheck()
             try:
-                if not writer.mark_verified(generation):
-                    return True
+                writer.mark_verified(generation, bytes(hashes))
             except CacheError as exc:
                 log.warning("blob %s is right, but cannot be kept: %s", spec.digest.short(), exc)
-            self._on_right(blob)
-        else:
+        elif writer.drops == drops:  # else a block may have been read while it was written again
             writer.poison()
             self._on_wrong(blob, hasher.hexdigest())
         return True

@@ -133,14 +133,14 @@ class Store:
         try:
             if self._ready().size_of(digest) is None and self._make_room(size_bytes) < size_bytes:
                 raise CacheError(f"blob {digest.short()}: no room for a copy that mounts can share")
-            self._ready().promote(mount_id, digest, size_bytes, _origins(request))
+            fresh = self._ready().promote(mount_id, digest, size_bytes, _origins(request))
         except DigestMismatchError as exc:
             log.error("%s", exc)
             self._send({"op": "wrong", "mount_id": mount_id, "error": to_wire(exc)})
         except CacheError as exc:
             log.warning("%s", exc)
         else:
-            self._send({"op": "shared", "mount_id": mount_id, "digest": str(digest)})
+            self._send({"op": "shared", "mount_id": mount_id, "digest": str(digest), "fresh": fresh})
 
     def _grant(self, mount_id: str) -> int:
         given = min(_GRANT_BYTES, max(0, self._make_room(_GRANT_BYTES)))

@@ -106,13 +106,14 @@ class Shelf:
             self._add_origins(digest, about, origins)
             return self._link(mount_id, digest)
 
-    def promote(self, mount_id: str, digest: Digest, size_bytes: int, origins: Sequence[str]) -> None:
-        """Make a mount's complete blob a proven one, and share it with that mount too.
+    def promote(self, mount_id: str, digest: Digest, size_bytes: int, origins: Sequence[str]) -> bool:
+        """Make a mount's complete blob a proven one, and share it with that mount too. True when the proven blob is a copy of
+        the mount's, made and hashed just now.
 
         Raises: DigestMismatchError when it is not what its digest says, CacheError when it cannot be read or copied.
         """
         source = f"{mount_id}/{digest.path_name}"
-        if self._about(digest) is None:
+        if fresh := self._about(digest) is None:
             work = f"{_HIDDEN}{digest.path_name}"
             try:
                 _remove_tree(self._blobs_fd, work)
@@ -133,6 +134,7 @@ class Shelf:
                     raise CacheError(f"blob {digest.short()}: block {block} of mount {mount_id[:8]} is another one")
         with self._lock:
             self._link(mount_id, digest)
+        return fresh
 
     def verify(self, digest: Digest) -> bool:
         """Hash a proven blob again; a damaged one leaves the shelf (mounts that have it check every block anyway)."""
@@ -153,10 +155,10 @@ class Shelf:
                     hasher.update(view)
                     hashes += hash_of(view)
             with _opened(self._blobs_fd, f"{digest.path_name}/{fmt.HASHES_NAME}") as fd:
-                kept = os.pread(fd, len(hashes) + 1, 0)
+                kept = os.pread(fd, len(hashes) + 1024, 0)
         except OSError:
             return False
-        return hasher.hexdigest() == digest.hex and kept == hashes
+        return hasher.hexdigest() == digest.hex and kept == fmt.pack_hashes(bytes(hashes))
 
     def entries(self) -> list[Entry]:
         """Everything that takes room. Areas that nobody uses any more give back their links on the way."""
@@ -254,7 +256,9 @@ class Shelf:
                 actual=f"{digest.algorithm}:{hasher.hexdigest()}",
                 subject=str(digest),
             )
-        _write_whole(self._blobs_fd, f"{work}/{fmt.HASHES_NAME}", bytes(hashes), mode=_SHARED_FILE_MODE)
+        _write_whole(
+            self._blobs_fd, f"{work}/{fmt.HASHES_NAME}", fmt.pack_hashes(bytes(hashes)), mode=_SHARED_FILE_MODE
+        )
 
     def _link(self, mount_id: str, digest: Digest) -> bool:
         """All or nothing for a reader: the hashes come last, and without them nothing counts."""

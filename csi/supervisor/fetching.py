@@ -260,7 +260,7 @@ class Fetching:
     def on_store_message(self, message: wire.Message) -> None:
         """A blob of ours is shared now, or was found wrong."""
         if message.get("op") == "shared":
-            self._aside(self._adopt_shared(str(message.get("digest"))))
+            self._aside(self._adopt_shared(str(message.get("digest")), fresh=bool(message.get("fresh"))))
         elif message.get("op") == "wrong":
             self._event("IntegrityFailure", str((message.get("error") or {}).get("message", "")))
 
@@ -368,11 +368,11 @@ class Fetching:
                     raise
                 await asyncio.sleep(patience_s)
         if reply.get("shared"):
-            await self._adopt_shared(str(message["digest"]))
+            await self._adopt_shared(str(message["digest"]), fresh=False)
 
-    async def _adopt_shared(self, digest: str) -> None:
+    async def _adopt_shared(self, digest: str, *, fresh: bool) -> None:
         if self.child is not None:
-            await self.child.call("shared", 5.0, digest=digest)
+            await self.child.call("shared", 5.0, digest=digest, fresh=fresh)
 
     async def _send_hosts(self, fetcher: Child, sources: list[Source]) -> None:
         """A live mount goes on without mirrors that somebody has misspelt meanwhile."""

@@ -4,17 +4,19 @@ damaged, cut or swapped. It ends in the right bytes or in EIO, and in an event.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 import pytest
-from fakes.registry import FakeRegistry
+from fakes.registry import FakeRegistry, Fault
 from registry_process import RegistryProcess
-from support.mounts import mount_at, proven_blobs, wait_for
+from support.mounts import drop_pages, events, mount_at, proven_blobs, wait_for
 from support.node_process import COMMAND, NodeProcess
 from support.registry_servers import ROOT, Server, referrers_registry
 
@@ -148,3 +150,130 @@ def test_a_registry_that_lacks_a_blob_costs_the_others_of_a_mount_nothing(
         assert (second / "w.bin").read_bytes() == content
         for target in (first, second):
             node.unpublish(target, "first" if target == first else "second")
+
+
+@pytest.mark.parametrize("verify", ["whole", "eager"])
+@pytest.mark.parametrize("how", ["flipped", "swapped", "cut"])
+def test_a_verified_blob_that_is_damaged_between_two_mounts_is_fetched_again(
+    node: NodeProcess, fake_registry: FakeRegistry, verify: str, how: str, request: pytest.FixtureRequest
+) -> None:
+    """Without a block index too: what the blob's sha256 was right for is known block by block from then on."""
+    content = bytes_of(request, SMALL)
+    fake_registry.add_model("team/m", "v1", {"w.bin": content})
+    reference, target = f"{fake_registry.host}/team/m:v1", node.target()
+    node.publish(reference, target, attributes={"verify": verify})
+    assert (target / "w.bin").read_bytes() == content
+    wait_for(lambda: verified(node, target), "the blob was never verified")
+    node.unpublish(target)
+    (segment,) = cache_files(node, "seg-00000")
+    damaged = bytearray(segment.read_bytes())
+    damaged[77] ^= 1
+    if how == "cut":
+        os.truncate(segment, 50)
+    elif how == "flipped":
+        segment.write_bytes(damaged)
+    else:
+        (other := segment.with_name("other")).write_bytes(bytes(len(content)))
+        os.chown(other, segment.stat().st_uid, segment.stat().st_gid)
+        other.replace(segment)
+    fake_registry.seen.clear()
+    target = node.target()
+    node.publish(reference, target, attributes={"verify": verify})
+    assert (target / "w.bin").read_bytes() == content
+    assert "CacheDamaged" in events(node, target)
+    node.unpublish(target)
+    fake_registry.seen.clear()
+    target = node.target()
+    node.publish(reference, target, attributes={"verify": verify})
+    assert (target / "w.bin").read_bytes() == content
+    assert fake_registry.requests("/blobs/") == [], "what is right is not fetched again"
+
+
+@pytest.mark.parametrize("verify", ["whole", "eager"])
+def test_what_is_fetched_again_after_a_blob_was_verified_is_verified_too(
+    node: NodeProcess, fake_registry: FakeRegistry, verify: str, request: pytest.FixtureRequest
+) -> None:
+    """The registry begins to lie when the blob is known to be right, and a piece of the cache is lost."""
+    content = bytes_of(request, SMALL)
+    digest = str(Digest.of(content))
+    fake_registry.add_model("team/m", "v1", {"w.bin": content})
+    target = node.target()
+    node.publish(f"{fake_registry.host}/team/m:v1", target, attributes={"verify": verify})
+    assert (target / "w.bin").read_bytes() == content
+    wait_for(lambda: verified(node, target), "the blob was never verified")
+    lie = bytearray(content)
+    lie[BLOCK_BYTES + 5] ^= 1
+    fake_registry.blobs[digest] = bytes(lie)
+    (segment,) = cache_files(node, "seg-00000")
+    os.truncate(segment, BLOCK_BYTES)
+    drop_pages(target / "w.bin")
+    with open(target / "w.bin", "rb", buffering=0) as file:
+        assert os.pread(file.fileno(), BLOCK_BYTES, 0) == content[:BLOCK_BYTES]
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            os.pread(file.fileno(), 4096, BLOCK_BYTES)
+    assert caught.value.errno == errno.EIO
+    assert "IntegrityFailure" in events(node, target)
+    fake_registry.blobs[digest] = content
+    assert (target / "w.bin").read_bytes() == content, "a registry that was put right is asked again"
+
+
+def test_a_cache_file_that_is_cut_while_its_blob_is_hashed_does_not_end_the_hashing(
+    node: NodeProcess, fake_registry: FakeRegistry, request: pytest.FixtureRequest
+) -> None:
+    content = bytes_of(request, SMALL)
+    digest = str(Digest.of(content))
+    fake_registry.add_model("team/m", "v1", {"w.bin": content})
+    fake_registry.faults.append(Fault(digest, times=1, after=1, stall_s=3))
+    target = node.target()
+    node.publish(f"{fake_registry.host}/team/m:v1", target, attributes={"verify": "whole"})
+    for _ in range(20):
+        for segment in cache_files(node, "seg-00000"):
+            os.truncate(segment, 100)
+        time.sleep(0.1)
+    drop_pages(target / "w.bin")
+    assert (target / "w.bin").read_bytes() == content
+    wait_for(lambda: verified(node, target), f"the blob is never verified: {node.log()}")
+
+
+def test_what_was_read_before_a_proven_blob_was_adopted_is_checked_too(
+    node: NodeProcess, fake_registry: FakeRegistry, request: pytest.FixtureRequest
+) -> None:
+    """With `whole` a reader may have had wrong bytes. That they are replaced by right ones is no reason not to say so."""
+    content = bytes_of(request, LARGE)
+    digest = str(Digest.of(content))
+    fake_registry.add_model("team/m", "v1", {"w.bin": content}, indexed=True)
+    target = node.target()
+    node.publish(f"{fake_registry.host}/team/m:v1", target)
+    assert (target / "w.bin").read_bytes() == content
+    wait_for(lambda: digest in proven_blobs(node), "the blob was never proven")
+    served: set[int] = set()
+
+    def read(offset: int, length: int) -> bytes:
+        """Every block is wrong when it is asked for alone and first, and none is the second time."""
+        block = offset // BLOCK_BYTES
+        answer = content[offset : offset + length]
+        if block in served:
+            return answer
+        served.add(block)
+        return bytes([answer[0] ^ 1]) + answer[1:]
+
+    with FakeRegistry() as liar:
+        liar.copy_from(fake_registry)
+        del liar.blobs[digest]
+        liar.blob_readers[digest] = (LARGE, read)
+        for attempt in range(4):
+            served.clear()
+            wrong = node.target()
+            liar.add_model("team/m", f"v{attempt}", {"w.bin": content, "n.txt": b"%d" % attempt})
+            liar.blobs.pop(digest, None)
+            node.publish(f"{liar.host}/team/m:v{attempt}", wrong, f"wrong-{attempt}", attributes={"verify": "whole"})
+            with open(wrong / "w.bin", "rb", buffering=0) as file:
+                try:
+                    had = os.pread(file.fileno(), 1, 0)
+                except OSError:
+                    had = content[:1]
+            if had != content[:1]:
+                wait_for(
+                    lambda wrong=wrong: "IntegrityFailure" in events(node, wrong),  # type: ignore[misc]
+                    "a wrong byte was read, and nobody says so",
+                )

@@ -125,6 +125,8 @@ class Memory:
     lies: list[Lie] = field(default_factory=list)
     tainted: list[tuple[int, str]] = field(default_factory=list)
     """(registry, file): a mount of `whole` or `eager` may have got a lie."""
+    damaged: set[str] = field(default_factory=set)
+    """Files of which something was damaged that may not be complete yet: with `whole` that is found once it is."""
 
 
 class ReaderProcess:
@@ -328,6 +330,9 @@ class Run:
         if not unused:
             return
         path = unused[int(which * len(unused))]
+        for name, content in self._contents.items():
+            if Digest.of(content).path_name in path.parts:
+                self._memory.damaged.add(name)
         size = path.stat().st_size
         match how:
             case "flip":
@@ -431,6 +436,9 @@ class Run:
         self._memory.lies.clear()  # from here on there is no excuse
         self._memory.away.clear()
         self._cache_surely("df")
+        if self._memory.damaged:
+            self._cache_surely("prune")
+            self._memory.damaged.clear()
         for number, model in enumerate(_FILES):
             self._do_publish(number, number % REGISTRIES, model, number != 1, "default", False)
             self._do_check(number)
@@ -500,7 +508,8 @@ class Run:
             if ended - began > DEADLINE_S - 0.5 and self._is_away(began, ended):
                 return True
             if volume.verify != "chunk":
-                return (volume.registry, file) in self._memory.tainted
+                tainted = (volume.registry, file) in self._memory.tainted
+                return tainted or (volume.verify == "whole" and file in self._memory.damaged)
             return any(
                 lie.file == file
                 and lie.span.overlaps(began, ended)
@@ -509,6 +518,8 @@ class Run:
             )
         if volume.verify != "whole" or report["got_length"] != max(0, min(end, _SIZES[file]) - first):
             return False
+        if file in self._memory.damaged:
+            return True
         made_up = {
             lie.position: self._contents[file][lie.position] ^ 0x5A
             for lie in self._memory.lies

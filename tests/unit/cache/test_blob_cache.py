@@ -86,7 +86,10 @@ def test_a_new_writer_of_the_same_boot_goes_on_where_the_last_stopped(area: int)
     writer.close()
 
 
-def test_marks_of_another_boot_count_only_when_the_blob_was_verified(area: int) -> None:
+HASHES = b"".join(hash_of(bytes(blocks.block_length(SIZE, block))) for block in range(blocks.block_count(SIZE)))
+
+
+def test_marks_of_another_boot_count_only_when_the_blob_was_verified_and_are_checked(area: int, tmp_path: Path) -> None:
     writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
     fill(writer, 1)
     writer.close()
@@ -94,12 +97,39 @@ def test_marks_of_another_boot_count_only_when_the_blob_was_verified(area: int) 
     assert not writer.has(1)
     for block in range(writer.block_count):
         fill(writer, block)
-    assert writer.mark_verified(writer.generation)
+    assert writer.mark_verified(writer.generation, HASHES)
     writer.close()
+    for boot in (OTHER_BOOT, BOOT):
+        writer = BlobWriter.open(area, DIGEST, SIZE, boot)
+        assert (writer.state, writer.hashes, writer.is_shared) == (BlobState.VERIFIED, HASHES, False)
+        assert all(map(writer.is_kept, range(writer.block_count)))
+        writer.close()
+    checked = tmp_path / DIGEST.path_name / fmt.CHECKED_NAME
+    content = checked.read_bytes()
+    for damaged in (content[:-1], bytes([content[0] ^ 1]) + content[1:], content + b"x", b""):
+        checked.write_bytes(damaged)
+        writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
+        assert (writer.hashes, writer.state, writer.stored_blocks()) == (None, BlobState.FILLING, 0)
+        writer.close()
+
+
+def test_what_is_rechecked_is_not_read_before_and_a_write_that_has_begun_does_not_count(area: int) -> None:
     writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
-    assert writer.state is BlobState.VERIFIED
-    assert writer.stored_blocks() == writer.block_count
+    fill(writer, 0)
+    write = begin(writer, 1)
+    write.write(0, memoryview(bytes(blocks.BLOCK_BYTES)))
+    writer.recheck()
+    assert not write.commit()
+    assert [writer.is_kept(0), writer.has(0), writer.has(1), writer.is_kept(1)] == [True, False, False, False]
     writer.close()
+
+
+def test_the_hashes_on_disk_are_those_of_version_2() -> None:
+    """As for the map: changed on purpose? Bump VERSION."""
+    data = fmt.pack_hashes(bytes(range(32)) * 2)
+    assert data.hex() == bytes(range(32)).hex() * 2 + "7c26fdd1387b71ca2b32c7778087933352bceddf1b767f4f9230aa543df6153a"
+    assert fmt.unpack_hashes(data, 2) == bytes(range(32)) * 2
+    assert [fmt.unpack_hashes(data, count) for count in (0, 1, 3)] == [None] * 3
 
 
 def test_a_poisoned_blob_starts_empty(area: int) -> None:
@@ -151,7 +181,7 @@ def test_a_full_disk_is_a_cache_error_and_the_block_stays_absent(area: int) -> N
 def test_an_empty_blob_has_no_blocks(area: int) -> None:
     writer = BlobWriter.open(area, DIGEST, 0, BOOT)
     assert (writer.block_count, writer.stored_blocks()) == (0, 0)
-    assert writer.mark_verified(writer.generation)
+    assert writer.mark_verified(writer.generation, b"")
     writer.close()
 
 
@@ -241,7 +271,7 @@ def shared(tmp_path: Path) -> list[bytes]:
     (directory / "new").write_bytes(b"".join(contents))
     (directory / "new").chmod(0o444)
     os.rename(directory / "new", directory / fmt.DATA_NAME)
-    (directory / fmt.HASHES_NAME).write_bytes(b"".join(map(hash_of, contents)))
+    (directory / fmt.HASHES_NAME).write_bytes(fmt.pack_hashes(b"".join(map(hash_of, contents))))
     return contents
 
 
@@ -258,7 +288,7 @@ def test_a_block_that_was_being_written_when_a_proven_blob_came_is_not_taken_for
     before.write(half, memoryview(b"\1" * half))
     assert before.commit(), "all of it is in the mount's own segment, and in the proven blob"
     after.write(0, memoryview(b"\3" * half))
-    assert writer.adopt(DIGEST, None)
+    assert writer.adopt(DIGEST, None, fresh=True)
     after.write(half, memoryview(b"\3" * half))
     assert not after.commit()
     assert not any(reader.has(block) for block in range(reader.block_count)), "to be checked, all of them"
@@ -290,9 +320,9 @@ def test_what_was_hashed_is_verified_only_while_it_is_there(area: int, tmp_path:
         fill(writer, block)
     generation = writer.generation
     shared(tmp_path)
-    assert writer.adopt(DIGEST, None)
-    assert not writer.mark_verified(generation)
-    assert writer.mark_verified(writer.generation)
+    assert writer.adopt(DIGEST, None, fresh=True)
+    assert not writer.mark_verified(generation, HASHES)
+    assert writer.mark_verified(writer.generation, HASHES)
     writer.close()
 
 
@@ -309,18 +339,21 @@ def read_all(reader: BlobReader) -> list[bytes]:
     return contents
 
 
-@pytest.mark.parametrize("filled", [False, True])
-def test_an_adopted_blob_is_read_from_its_one_file_and_own_segments_go(area: int, tmp_path: Path, filled: bool) -> None:
+@pytest.mark.parametrize(("filled", "fresh"), [(False, True), (True, True), (True, False)])
+def test_an_adopted_blob_is_read_from_its_one_file_and_own_segments_go(
+    area: int, tmp_path: Path, filled: bool, fresh: bool
+) -> None:
     writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
     reader = BlobReader.open(area, DIGEST, SIZE)
     for block in range(writer.block_count if filled else 3):
         fill(writer, block)
     contents = shared(tmp_path)
     assert read_all(reader)[:3] == contents[:3]
-    assert writer.adopt(DIGEST, b"".join(map(hash_of, contents)))
+    assert writer.adopt(DIGEST, b"".join(map(hash_of, contents)), fresh=fresh)
     assert names(tmp_path) == {"map", "data", "hashes"}
     assert read_all(reader) == contents
-    assert all(map(reader.has, range(reader.block_count))) == filled
+    # Only what was copied and hashed just now needs no check.
+    assert all(map(reader.has, range(reader.block_count))) == (filled and fresh)
     assert reader.stored_blocks() == reader.block_count
     writer.close()
     reader.close()
@@ -330,7 +363,7 @@ def test_a_proven_blob_with_other_hashes_than_the_index_says_is_not_adopted(area
     writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
     fill(writer, 0)
     contents = shared(tmp_path)
-    assert not writer.adopt(DIGEST, b"".join(map(hash_of, reversed(contents))))
+    assert not writer.adopt(DIGEST, b"".join(map(hash_of, reversed(contents))), fresh=True)
     assert writer.hashes is None
     assert writer.has(0)
     assert fmt.segment_name(0) in names(tmp_path)
@@ -340,7 +373,7 @@ def test_a_proven_blob_with_other_hashes_than_the_index_says_is_not_adopted(area
 def test_a_damaged_block_of_a_proven_blob_costs_its_segment_only(area: int, tmp_path: Path) -> None:
     writer = BlobWriter.open(area, DIGEST, SIZE, BOOT)
     contents = shared(tmp_path)
-    assert writer.adopt(DIGEST, None)
+    assert writer.adopt(DIGEST, None, fresh=True)
     for block in range(writer.block_count):
         assert writer.mark_checked(block, writer.generation)
     reader = BlobReader.open(area, DIGEST, SIZE)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from csi.cache import format as fmt
 from csi.cache.blob import BlobReader, BlobWriter
 from csi.errors import CacheError, DigestMismatchError
 from csi.integrity.index import hash_of
@@ -58,15 +59,17 @@ def test_a_proven_blob_is_one_read_only_file_that_mounts_have_links_to(shelf: Sh
     assert (proven / "data").read_bytes() == CONTENT
     assert (proven / "data").stat().st_mode & 0o777 == 0o444
     assert (proven / "data").stat().st_blocks * 512 >= len(CONTENT)
-    assert (proven / "hashes").read_bytes() == b"".join(
-        hash_of(memoryview(CONTENT)[start : start + blocks.BLOCK_BYTES])
-        for start in range(0, len(CONTENT), blocks.BLOCK_BYTES)
+    assert (proven / "hashes").read_bytes() == fmt.pack_hashes(
+        b"".join(
+            hash_of(memoryview(CONTENT)[start : start + blocks.BLOCK_BYTES])
+            for start in range(0, len(CONTENT), blocks.BLOCK_BYTES)
+        )
     )
     about = json.loads((proven / "about").read_text())
     assert (about["size_bytes"], about["origins"]) == (len(CONTENT), ["registry/a"])
     mine = domain / "mounts" / MOUNT / DIGEST.path_name
     assert (mine / "data").samefile(proven / "data")
-    assert writer.adopt(DIGEST, None)
+    assert writer.adopt(DIGEST, None, fresh=True)
     assert sorted(path.name for path in mine.iterdir()) == ["data", "hashes", "map"]
     writer.close()
 
@@ -75,7 +78,7 @@ def test_a_blob_is_copied_from_wherever_the_mount_has_its_segments(shelf: Shelf,
     """One segment of its own, the other in a proven blob that left the shelf since."""
     writer = fetched(domain)
     shelf.promote(MOUNT, DIGEST, len(CONTENT), ["registry/a"])
-    assert writer.adopt(DIGEST, None)
+    assert writer.adopt(DIGEST, None, fresh=True)
     for block in range(writer.block_count):
         writer.mark_checked(block, writer.generation)
     writer.drop(0)
