@@ -33,8 +33,9 @@ class Targets:
     def __init__(self, roots: Sequence[str]) -> None:
         self._roots = [(os.path.normpath(root), os.path.realpath(root)) for root in roots]
 
-    def bind(self, source: str, device: str, target_path: str) -> bool:
-        """Bind the superblock mounted at `source` read-only to `target_path`, which is created if need be.
+    def bind(self, root_fd: int, device: str, target_path: str) -> bool:
+        """Bind the superblock with that root read-only to `target_path`, which is created if need be. By its root and not by
+        where it is mounted: if somebody has unmounted it there, a pod would see the node's own directory below.
 
         A target that shows `device` already is left alone (returns False). A target that shows a mount of ours
         over another superblock (a dead one, say) is replaced.
@@ -59,7 +60,7 @@ class Targets:
                 try:
                     if not created:
                         _require_empty(target_fd, parent_fd, target_path)
-                    tree_fd = syscalls.clone_tree(source)
+                    tree_fd = syscalls.clone_tree(f"/proc/self/fd/{root_fd}")
                     try:
                         syscalls.set_tree_attributes(tree_fd, _BIND_ATTRIBUTES)
                         syscalls.attach_tree(tree_fd, target_fd)

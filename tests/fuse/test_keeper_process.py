@@ -116,6 +116,18 @@ def test_binds_are_read_only_stackless_and_removed(keeper: KeeperClient, tmp_pat
     assert not odd.exists()
 
 
+def test_a_superblock_that_somebody_has_unmounted_is_not_bound_as_the_directory_below_it(
+    keeper: KeeperClient, tmp_path: Path
+) -> None:
+    collected = keeper.mount(MOUNT_ID, 128, "raw")
+    collected.close()
+    (place,) = [entry.mount_point for entry in mountinfo.read() if entry.device == collected.mount.device]
+    syscalls.detach(place)
+    with pytest.raises(MountError, match="bind mount failed"):
+        keeper.bind(MOUNT_ID, str(tmp_path / "target"))
+    assert not (tmp_path / "target").exists()
+
+
 def test_a_stranger_at_the_target_is_left_alone(keeper: KeeperClient, tmp_path: Path) -> None:
     keeper.mount(MOUNT_ID, 128, "raw").close()
     target = tmp_path / "foreign"
