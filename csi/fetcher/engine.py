@@ -55,7 +55,6 @@ _FIRST_DELAY_S = 0.2
 _MAX_DELAY_S = 10.0
 
 _SCARCE_CORES = 4
-_ASKS_FOR_LESS = (429, 503)
 _HASH_PATIENCE_S = 0.1
 _FINAL_TRIES = 3
 _EVENT_INTERVAL_S = 10.0  # of a registry whose every block is wrong we need not speak every time
@@ -489,7 +488,9 @@ class FetchEngine:
                     del self._final_tries[missing[0]]
                     missing = missing[:1]
             self._scheduler.failed(job, again=again)
-            if error.fields.get("status") in _ASKS_FOR_LESS:
+            if (
+                error.fields.get("status") == 429 or "retry_after_s" in error.fields
+            ):  # else it is out of order, not busy
                 self._width.refused()
                 self._window_began = 0.0
         if isinstance(error, DigestMismatchError):

@@ -48,7 +48,7 @@ class Width:
             self.now, self._before = self._before[0], None
 
     def refused(self) -> int:
-        """The registry asks for less (429, 503). The width from now on: at least 2 where there may be so many, as the first
+        """The registry asks for less (429, Retry-After). The width from now on: at least 2 where there may be so many, as the first
         of them is for readers only.
         """
         self._before, self._rest = None, _REST_WINDOWS
