@@ -12,10 +12,11 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from csi.errors import ControlError, MountError
+from csi.mountinfo import MountEntry
 from csi.observe import logs
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,12 @@ def add_parser(subparsers: Any) -> None:
     )
     clean.add_argument("--state-dir", default="/run/modelmount", help="sockets and records (default %(default)s)")
     clean.add_argument("--data-dir", default="/var/lib/modelmount", help="cache and pins (default %(default)s)")
+    clean.add_argument(
+        "--target-root",
+        action="append",
+        metavar="DIR",
+        help="unmount models below this directory and the state directory only; may be repeated (default /var/lib/kubelet)",
+    )
     clean.add_argument("--keep-cache", action="store_true", help="leave everything in --data-dir")
     clean.add_argument(
         "--timeout", type=float, default=90.0, metavar="S", help="how long to wait for the driver's end (default 90 s)"
@@ -62,7 +69,8 @@ def add_parser(subparsers: Any) -> None:
 def _run_clean(args: argparse.Namespace) -> int:
     logs.set_up("uninstall", "info")
     wait_for(lambda: _processes_that_answer(args.state_dir), "still running on this node: ", args.timeout)
-    unmounted = _unmount_all()
+    roots = [args.state_dir, *(args.target_root or ["/var/lib/kubelet"])]
+    unmounted = _unmount_below([os.path.realpath(root) for root in roots])
     names = _remove(args.state_dir, STATE_NAMES)
     names += [] if args.keep_cache else _remove(args.data_dir, DATA_NAMES)
     print(f"unmounted {unmounted} models, removed {', '.join(names) or 'nothing'}")
@@ -103,14 +111,14 @@ def _processes_that_answer(state_dir: str) -> list[str]:
     return found
 
 
-def _unmount_all() -> int:
-    """Every mount of ours that this process sees. Never waits for the file system behind it. Raises: MountError."""
+def _unmount_below(roots: Sequence[str]) -> int:
+    """Every model shown below one of them. Never waits for the file system behind it. Raises: MountError."""
     from csi import mountinfo
     from csi.keeper import syscalls
 
     count = 0
     for entry in reversed(mountinfo.read()):
-        if entry.source != "modelmount" or entry.fs_type != "fuse.modelmount":
+        if not is_ours(entry, roots):
             continue
         try:
             syscalls.detach(entry.mount_point)
@@ -118,6 +126,12 @@ def _unmount_all() -> int:
             raise MountError(f"unmount of {entry.mount_point} failed: {exc.strerror}", errno=exc.errno) from exc
         count += 1
     return count
+
+
+def is_ours(entry: MountEntry, roots: Sequence[str]) -> bool:
+    """Whether a model is mounted there, below one of `roots`; another driver of the machine has other directories."""
+    is_model = entry.source == "modelmount" and entry.fs_type == "fuse.modelmount"
+    return is_model and any(entry.mount_point.startswith(f"{root.rstrip('/')}/") for root in roots)
 
 
 def _remove(directory: str, names: tuple[str, ...]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from csi import mountinfo
 from csi.cli import uninstall
 from csi.cli.main import main
 
@@ -47,6 +48,17 @@ def test_everything_of_ours_goes_and_nothing_else(directories: list[str], tmp_pa
     assert clean(*directories) == 0
     assert names_in(tmp_path / "state") == names_in(tmp_path / "data") == ["strangers"]
     assert clean(*directories) == 0, "again: nothing to do"
+
+
+def test_only_models_below_the_drivers_own_directories_are_unmounted() -> None:
+    lines = b"""31 25 0:40 / /run/modelmount/mounts/ab ro - fuse.modelmount modelmount ro
+32 25 0:40 / /var/lib/kubelet/pods/1/volumes/kubernetes.io~csi/m/mount ro - fuse.modelmount modelmount ro
+33 25 0:41 / /run/modelmount-by-hand/mounts/cd ro - fuse.modelmount modelmount ro
+34 25 0:42 / /var/lib/kubelet/pods/1/volumes/kubernetes.io~csi/s/mount rw - fuse.s3 s3 rw
+"""
+    entries = mountinfo.parse(lines)
+    roots = ["/run/modelmount", "/var/lib/kubelet/pods"]
+    assert [entry.mount_no for entry in entries if uninstall.is_ours(entry, roots)] == [31, 32]
 
 
 def test_the_cache_stays_where_that_is_asked(directories: list[str], tmp_path: Path) -> None:
