@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from csi.cli.supervisor import STORE_UID
 from csi.observe import logs
 
 
@@ -27,6 +28,13 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="take every mount over from the keeper that runs, which then ends (default: refuse to start beside it)",
     )
+    parser.add_argument(
+        "--backing-uid",
+        type=int,
+        default=STORE_UID,
+        metavar="UID",
+        help="whose files the kernel may read for a mount by itself: the store's user (default %(default)s)",
+    )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.set_defaults(run=run)
 
@@ -38,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
     logs.set_up("keeper", args.log_level)
     serve(
         KeeperSettings(
-            state_dir=args.state_dir, target_roots=tuple(args.target_root or ["/"]), take_over=args.take_over
+            state_dir=args.state_dir,
+            target_roots=tuple(args.target_root or ["/"]),
+            backing_uid=args.backing_uid,
+            take_over=args.take_over,
         )
     )
     return 0

@@ -93,6 +93,13 @@ def _lines(mount: dict[str, Any], *, bar: bool = False) -> list[str]:
         f"fetcher {mount['fetcher_pid']} ({mount['fetcher_restarts']} restarts)",
         f"  survives  {'a crash of the worker' if mount['can_resend'] else 'planned upgrades only (kernel < 6.9)'}",
     ]
+    if passing := mount.get("passthrough"):
+        how = (
+            f"no: {passing['refusal']}"
+            if passing["refusal"]
+            else f"{len(passing['blobs'])} blobs, from the next open on"
+        )
+        lines.append(f"  kernel    {how}")
     lines += [f"  layers    {text}" for text in _layer_modes(mount.get("layers", []))]
     lines += [f"  warning   {warning}" for warning in mount.get("warnings", [])]
     if mount.get("preparing"):

@@ -159,6 +159,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="who serves mounts made from now on: our own FUSE server or pyfuse3 (default auto: see the documentation)",
     )
     group.add_argument(
+        "--passthrough",
+        choices=["auto", "off"],
+        default="auto",
+        help="let the kernel read files that are proven blobs by itself, where it can (Linux 6.9, the raw backend), or never "
+        "(default auto)",
+    )
+    group.add_argument(
         "--jail",
         choices=["require", "degrade"],
         default="degrade",
@@ -187,6 +194,7 @@ def flags_of(args: argparse.Namespace) -> list[str]:
         f"--access-life={args.access_life}",
         f"--read-ahead-kb={args.read_ahead_kb}",
         f"--fuse-backend={args.fuse_backend}",
+        f"--passthrough={args.passthrough}",
         f"--jail={args.jail}",
         f"--child-memory-mib={args.child_memory_mib}",
         f"--spares={args.spares}",
@@ -236,6 +244,7 @@ def run(args: argparse.Namespace) -> int:
         layout_roots=tuple(args.layout_root),
         read_ahead_kb=args.read_ahead_kb,
         fuse_backend=BackendName.RAW if args.fuse_backend == "auto" else BackendName(args.fuse_backend),
+        passthrough=args.passthrough == "auto",
         fetch_threads=args.fetch_threads,
         patience_s=args.patience,
         unwanted_s=args.abandon_after,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ class KeptSlot:
 @dataclass(frozen=True, slots=True)
 class CollectedMount:
     """A superblock with its descriptors (now the caller's): the connection, the table of requests taken, and O_PATH
-    the root of the mount.
+    the root of the mount. `backings`: the backing ids it has, by the names of their files.
     """
 
     mount: KeptMount
@@ -49,6 +50,7 @@ class CollectedMount:
     root_fd: int
     init: bytes
     slots: dict[str, KeptSlot]
+    backings: dict[str, int]
 
     def close(self) -> None:
         """Let go of every descriptor."""
@@ -92,9 +94,20 @@ class KeeperClient:
         """The superblock of `mount_id` and what was left with it. Raises: MountError when its connection is lost."""
         return _collected(*self._call("collect", mount_id=mount_id))
 
-    def restore(self, mount_id: str, fuse_fd: int, table_fd: int) -> None:
+    def restore(self, mount_id: str, fuse_fd: int, table_fd: int, backings: Mapping[str, int] | None = None) -> None:
         """Give a keeper that was restarted the connection back. Raises: MountError when that mount is gone."""
-        self._call("restore", (fuse_fd, table_fd), mount_id=mount_id)
+        self._call("restore", (fuse_fd, table_fd), mount_id=mount_id, backings=dict(backings or {}))
+
+    def back(self, mount_id: str, file_fd: int) -> tuple[str, int]:
+        """Let the mount's files be read from a proven file by passthrough. The file's name and its backing id, the same again
+        for a file that has one. Raises: MountError with the reason why that cannot be.
+        """
+        fields, _ = self._call("back", (file_fd,), mount_id=mount_id)
+        return wire.field(fields, "file", str), wire.field(fields, "backing_id", int)
+
+    def unback(self, mount_id: str, backing_id: int) -> None:
+        """Nothing is opened by that id any more."""
+        self._call("unback", mount_id=mount_id, backing_id=backing_id)
 
     def settle(self) -> None:
         """Everything was brought back: mounts without a connection are lost, and removed."""
@@ -136,7 +149,8 @@ def _collected(fields: wire.Message, fds: list[int]) -> CollectedMount:
         for note, count in zip(fields["slots"], counts, strict=True):
             slots[str(note["slot"])], rest = KeptSlot(dict(note["note"]), rest[:count]), rest[count:]
         init = bytes.fromhex(wire.field(fields, "init", str))
-        return CollectedMount(_kept(fields), fds[0], fds[1], fds[2], init, slots)
+        backings = {str(name): int(backing_id) for name, backing_id in dict(fields.get("backings", {})).items()}
+        return CollectedMount(_kept(fields), fds[0], fds[1], fds[2], init, slots, backings)
     except (KeyError, TypeError, ValueError) as exc:
         wire.close_all(fds)
         raise ControlError(f"keeper: malformed answer: {exc}") from exc

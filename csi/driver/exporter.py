@@ -92,6 +92,8 @@ def mount_families(mounts: list[dict[str, Any]]) -> Iterator[GaugeMetricFamily |
     yield _gauge(metrics.MOUNT_SIZE, size)
     yield _gauge(metrics.MOUNT_CACHED, cached)
     yield _gauge(metrics.MOUNT_BLOBS, states)
+    passed = [(labels, len((mount.get("passthrough") or {}).get("blobs", ()))) for labels, mount in labelled]
+    yield _gauge(metrics.MOUNT_PASSED_BLOBS, passed)
     for metric in metrics.MOUNT_COUNTERS:
         family = CounterMetricFamily(metric.name.removesuffix("_total"), metric.meaning, labels=metric.labels)
         for labels, mount in labelled:

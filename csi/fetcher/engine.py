@@ -80,8 +80,8 @@ class FetchEngine:
     Callbacks come from our threads: `on_block(blob, block)`, `on_failed(blob, block, error)` for a block that will not
     come without being asked for again, `on_wrong(error)` when bytes were found wrong, received or stored ones, and
     `on_lent(blob, block, slot)`, which says whether the worker has been told of that slot of `ring`, and
-    `on_complete(blob)` when all of a blob is here, checked, and not from a proven blob already. Without a ring every block
-    goes to the cache or is lost.
+    `on_complete(blob)` when all of a blob is here, checked, and not from a proven blob already, and `on_damaged(blob)` when a
+    block of the cache was found damaged. Without a ring every block goes to the cache or is lost.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class FetchEngine:
         on_wrong: Callable[[ModelMountError], None],
         on_lent: Callable[[int, int, int], bool] = lambda blob, block, slot: False,
         on_complete: Callable[[int], None] = lambda blob: None,
+        on_damaged: Callable[[int], None] = lambda blob: None,
         ring: LendingRing | None = None,
         hashes: Sequence[BlobHashes | None] | None = None,
     ) -> None:
@@ -106,7 +107,7 @@ class FetchEngine:
         self._settings = settings
         self._on_block, self._on_failed, self._on_wrong = on_block, on_failed, on_wrong
         self._ring = ring
-        self._on_complete = on_complete
+        self._on_complete, self._on_damaged = on_complete, on_damaged
         self._hashes: list[BlobHashes | None] = list(hashes) if hashes is not None else [None] * len(specs)
         self._complete: set[int] = set()
         self._held: set[int] = set()
@@ -183,17 +184,21 @@ class FetchEngine:
         self._writers[blob].poison()
         self._on_wrong(error)
 
-    def adopt_shared(self, blob: int, *, fresh: bool) -> None:
-        """The store may have put a proven blob in place of what we have, or had not yet. `fresh`: it is a copy of ours."""
+    def adopt_shared(self, blob: int, *, fresh: bool) -> bool:
+        """The store may have put a proven blob in place of what we have, or had not yet. `fresh`: it is a copy of ours.
+        Whether we use it.
+        """
         writer, spec = self._writers[blob], self._specs[blob]
         known = self._hashes[blob]
         if known is None and (offered := writer.offered(spec.digest)) is not None:
             self._check_served(blob, BlobHashes(spec.digest, spec.size_bytes, offered))
-        if writer.adopt(spec.digest, known.hashes if known else None, fresh=fresh) and writer.hashes is not None:
+        adopted = writer.adopt(spec.digest, known.hashes if known else None, fresh=fresh)
+        if adopted and writer.hashes is not None:
             with self._lock:
                 if self._hashes[blob] is None:
                     self._hashes[blob] = BlobHashes(spec.digest, spec.size_bytes, writer.hashes)
         self.hold(blob, held=False)
+        return adopted
 
     def _check_served(self, blob: int, hashes: BlobHashes) -> None:
         """What readers may have had of a blob before anything was known of it: wrong bytes do not become right by being
@@ -387,6 +392,7 @@ class FetchEngine:
         self._writers[blob].drop(block)
         with self._lock:
             self._counters.damaged_blocks += 1
+        self._on_damaged(blob)
         self._tell_wrong(
             CacheError(
                 f"blob {self._specs[blob].digest.short()}: block {block} of the cache was damaged; it is fetched again"

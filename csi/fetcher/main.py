@@ -119,6 +119,7 @@ class Fetcher:
         self._lending = threading.Lock()  # a slot is lent to the worker of now, or to nobody
         self._specs: list[BlobSpec] = []
         self._challenges: dict[Digest, int] = {}
+        self._adopted: set[Digest] = set()
         self._allowance = Allowance(lambda: self._notify_supervisor({"op": "grant"}))
 
     def run(self) -> None:
@@ -204,6 +205,10 @@ class Fetcher:
                 case "repeat":
                     self._reply(wire.ok(request))
                     self._tell_again()
+                case "announce":
+                    wire.close_all(fds)
+                    self._announce()
+                    self._reply(wire.ok(request))
                 case "stats":
                     self._send_stats(request)
                 case other:
@@ -369,8 +374,9 @@ class Fetcher:
     def _adopt_shared(self, digest: Digest, *, fresh: bool) -> None:
         if self._engine is not None:
             for blob, spec in enumerate(self._specs):
-                if spec.digest == digest:
-                    self._engine.adopt_shared(blob, fresh=fresh)
+                if spec.digest == digest and self._engine.adopt_shared(blob, fresh=fresh):
+                    self._adopted.add(digest)
+                    self._notify_supervisor({"op": "adopted", "digest": str(digest)})
 
     def _on_complete(self, blob: int) -> None:
         spec = self._specs[blob]
@@ -522,6 +528,7 @@ class Fetcher:
         boot_id = this_boot()
         area_fd = self._area_fd
         writers: list[BlobWriter] = []
+        adopted: list[Digest] = []
         trouble: CacheError | None = None
         for spec in specs:
             try:
@@ -536,8 +543,11 @@ class Fetcher:
             except CacheError as exc:
                 trouble = exc
                 writer = BlobWriter.without_disk(area_fd, spec.digest, spec.size_bytes)
-            if hashes[len(writers)] is None and writer.hashes is not None:
-                hashes[len(writers)] = BlobHashes(spec.digest, spec.size_bytes, writer.hashes)
+            known = hashes[len(writers)]
+            if known is None and writer.hashes is not None:
+                known = hashes[len(writers)] = BlobHashes(spec.digest, spec.size_bytes, writer.hashes)
+            if known is not None and known.hashes == writer.hashes:
+                adopted.append(spec.digest)
             writers.append(writer)
         if trouble is not None:
             log.error("%s; what readers want goes to them without the cache", trouble)
@@ -552,12 +562,15 @@ class Fetcher:
             on_wrong=self._on_wrong,
             on_lent=self._on_lent,
             on_complete=self._on_complete,
+            on_damaged=self._on_damaged,
             ring=self._ring,
             hashes=hashes,
         )
         self._specs = specs
         self._show_blocks()  # before the threads look for work
         self._engine.start()
+        self._adopted = set(adopted)
+        self._announce()
 
     def _distrust(self, blob: int) -> None:
         engine = self._engine
@@ -588,6 +601,14 @@ class Fetcher:
         reason = "CacheDamaged" if isinstance(error, CacheError) else "IntegrityFailure"
         self._tell_worker({"op": "trouble", "error": to_wire(error)})
         self._notify_supervisor({"op": "event", "reason": reason, "error": to_wire(error)})
+
+    def _announce(self) -> None:
+        for digest in list(self._adopted):
+            self._notify_supervisor({"op": "adopted", "digest": str(digest)})
+
+    def _on_damaged(self, blob: int) -> None:
+        self._adopted.discard(self._specs[blob].digest)
+        self._notify_supervisor({"op": "damaged", "digest": str(self._specs[blob].digest)})
 
     def _on_block(self, blob: int, block: int) -> None:
         self._tell_worker({"op": "have", "blob": blob, "block": block})

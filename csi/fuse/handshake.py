@@ -125,6 +125,11 @@ def init_reply(request: InitRequest, backend: BackendName) -> bytes:
     )
 
 
+def can_pass_through(request: InitRequest) -> bool:
+    """Whether the kernel can read files of the cache by itself (Linux 6.9 and later)."""
+    return bool(request.offered & InitFlag.PASSTHROUGH)
+
+
 def can_resend(request: InitRequest) -> bool:
     """Whether the kernel gives out again what a dead worker had taken (Linux 6.9 and later)."""
     return bool(request.offered & InitFlag.HAS_RESEND)

@@ -6,6 +6,9 @@
 
 What a dead worker had taken is in the table, so this one answers it first. Reads that wait do not hold that up.
 
+A file whose bytes the kernel may read from the cache itself is opened so (`csi.fuse.backings`); what is open is in the handle
+table, for whoever serves next.
+
 INTERRUPT is taken and nothing is done about it: only reads ever wait here, and any signal of a reader interrupts
 them (a timer, a language run-time's preemption), not only one that kills. An error in reply would mark the page as
 failed, and in a memory mapping that is SIGBUS. A reader that is killed goes without our doing.
@@ -14,6 +17,7 @@ failed, and in a memory mapping that is SIGBUS. A reader that is killed goes wit
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import mmap
 import os
@@ -23,7 +27,9 @@ import trio
 
 from csi.errors import ModelMountError
 from csi.fuse import wire
+from csi.fuse.backings import THROUGH_US, Backings, way_of
 from csi.fuse.errno_map import read_errno
+from csi.fuse.handle_table import HandleTable
 from csi.fuse.port import (
     IO_BYTES,
     STABLE_TIMEOUT_S,
@@ -33,7 +39,7 @@ from csi.fuse.port import (
     NoSuchEntryError,
     mode_of,
 )
-from csi.fuse.request_table import RequestTable
+from csi.fuse.request_table import HANDLES_OFFSET, RequestTable
 from csi.fuse.wire import Opcode, OpenFlag
 from csi.tree.model import Entry, EntryKind
 
@@ -48,11 +54,13 @@ _DIRECTORY_FLAGS = OpenFlag.KEEP_CACHE | OpenFlag.CACHE_DIR
 
 
 class RawBackend:
-    """One connection at a time. See `csi.fuse.port.Backend` for the contract."""
+    """One connection at a time. See `csi.fuse.port.Backend` for the contract. `backings` None: every file is read through us."""
 
-    def __init__(self, namespace: Namespace, reader: ContentReader) -> None:
+    def __init__(self, namespace: Namespace, reader: ContentReader, backings: Backings | None = None) -> None:
         self._namespace = namespace
         self._reader = reader
+        self._backings = Backings(namespace.tree) if backings is None else backings
+        self.counters = {"opens": 0, "passed_opens": 0}
         self._fd = -1
         self._receiving: trio.CancelScope | None = None
         self._stopped = trio.Event()
@@ -63,11 +71,10 @@ class RawBackend:
             Opcode.LOOKUP: self._lookup,
             Opcode.GETATTR: self._getattr,
             Opcode.READLINK: self._readlink,
-            Opcode.OPEN: self._open,
             Opcode.OPENDIR: self._opendir,
             Opcode.READDIRPLUS: self._readdirplus,
             Opcode.STATFS: self._statfs_answer,
-            Opcode.RELEASE: _nothing,
+            Opcode.RELEASE: self._release,
             Opcode.RELEASEDIR: _nothing,
         }
 
@@ -76,6 +83,7 @@ class RawBackend:
         self._fd = connection.fd
         try:
             self._table = RequestTable(connection.table_fd)
+            self._handles = HandleTable(connection.table_fd, HANDLES_OFFSET)
             os.close(connection.table_fd)
             os.set_blocking(self._fd, False)
             spill = memoryview(mmap.mmap(-1, _SPILL_BYTES))
@@ -155,7 +163,7 @@ class RawBackend:
         if opcode in wire.UNANSWERED:
             self._free(slot)
             return None
-        answer = self._answers.get(opcode)
+        answer = functools.partial(self._open, unique) if opcode == Opcode.OPEN else self._answers.get(opcode)
         try:
             if answer is None:
                 self._reply(slot, unique, b"", errno.ENOSYS)
@@ -212,9 +220,29 @@ class RawBackend:
     def _readlink(self, inode: int, body: memoryview) -> bytes:
         return self._namespace.readlink(inode)
 
-    def _open(self, inode: int, body: memoryview) -> bytes:
+    def _open(self, unique: int, inode: int, body: memoryview) -> bytes:
         flags, _ = wire.OPEN_IN.unpack_from(body)
-        return wire.OPEN_OUT.pack(self._namespace.open(inode, flags).inode, _ENTRY_FLAGS, 0)
+        entry = self._namespace.open(inode, flags)
+        unique &= ~wire.RESEND_BIT
+        handle = self._handles.of_open(unique)  # taken by a worker that died before, or after, it had answered
+        if handle is None:
+            backing_id = way_of(self._handles.of_inode(inode), self._backings.of(entry))
+            handle = self._handles.add(unique, inode, backing_id)
+        if handle is None:
+            raise NoSuchEntryError(errno.ENFILE)
+        self.counters["opens"] += 1
+        if handle.backing_id == THROUGH_US:
+            return wire.OPEN_OUT.pack(handle.fh, _ENTRY_FLAGS, 0)
+        self.counters["passed_opens"] += 1
+        return wire.OPEN_OUT.pack(handle.fh, OpenFlag.PASSTHROUGH, handle.backing_id)
+
+    def _release(self, inode: int, body: memoryview) -> bytes:
+        self._handles.remove(wire.RELEASE_IN.unpack_from(body)[0], inode)
+        return b""
+
+    def is_open_by(self, backing_id: int) -> bool:
+        """Whether a file may still be open by that id."""
+        return self._handles.has(backing_id)
 
     def _opendir(self, inode: int, body: memoryview) -> bytes:
         return wire.OPEN_OUT.pack(self._namespace.directory(inode).inode, _DIRECTORY_FLAGS, 0)

@@ -10,6 +10,7 @@ kill catches in between (0.8 % of kills, measured); straight into the slot loses
     slot     the request as the kernel wrote it (its first word is its length, never 0: occupied), cut after
              its first 480 bytes, which holds all of every request we answer with more than ENOSYS;
              then two counters: how many workers died owing it, and how many of them while it was on trial
+    handles  what was opened and is not closed yet, see `csi.fuse.handle_table`
 
 A second reply to a request is harmless: the kernel numbers requests once and answers ENOENT to a number it does not
 wait for. A table of another connection would not be, as numbers begin anew there: one table per connection.
@@ -33,9 +34,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from csi.errors import MountError
-from csi.fuse import wire
+from csi.fuse import handle_table, wire
 
-VERSION = 1
+VERSION = 2
 SLOTS = 8192
 """Requests that may be owed at once; when all are taken, the rest stays in the kernel's queue."""
 SLOT_BYTES = 512
@@ -51,6 +52,8 @@ _TRIAL_OFFSET = 16
 _HEADER_BYTES = 4096
 _COUNTERS = struct.Struct("<II")  # tries, deaths on trial
 _WORD = struct.Struct("<I")
+HANDLES_OFFSET = _HEADER_BYTES + SLOTS * SLOT_BYTES
+_FILE_BYTES = HANDLES_OFFSET + handle_table.TABLE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class Taken:
 def create() -> int:
     """The memfd of an empty table, of fixed size. Costs no memory until slots are used."""
     fd = os.memfd_create("modelmount-requests", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, _HEADER_BYTES + SLOTS * SLOT_BYTES)
+    os.ftruncate(fd, _FILE_BYTES)
     os.pwrite(fd, _HEADER.pack(_MAGIC, VERSION, SLOT_BYTES, SLOTS, 0), 0)
     # A worker that shrank it would take whoever maps it down with SIGBUS.
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
@@ -81,7 +84,7 @@ class RequestTable:
     def __init__(self, fd: int) -> None:
         """Map the table and take over what is in it. `fd` may be closed afterwards. Raises: MountError."""
         _check(os.pread(fd, _HEADER.size, 0), os.fstat(fd).st_size)
-        self._map = mmap.mmap(fd, _HEADER_BYTES + SLOTS * SLOT_BYTES, mmap.MAP_SHARED)
+        self._map = mmap.mmap(fd, HANDLES_OFFSET, mmap.MAP_SHARED)
         self._view = memoryview(self._map)
         self._touched = 0
         self._recycled: list[int] = []
@@ -203,6 +206,6 @@ def _check(header: bytes, size: int) -> None:
     if len(header) == _HEADER.size:
         magic, version, slot_bytes, slots, _ = _HEADER.unpack(header)
         layout = (magic, version, slot_bytes, slots, size)
-        if layout == (_MAGIC, VERSION, SLOT_BYTES, SLOTS, _HEADER_BYTES + SLOTS * SLOT_BYTES):
+        if layout == (_MAGIC, VERSION, SLOT_BYTES, SLOTS, _FILE_BYTES):
             return
     raise MountError(f"not a request table of version {VERSION}; was the mount made by another version?")

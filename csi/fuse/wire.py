@@ -13,6 +13,7 @@ IN_HEADER = struct.Struct("<IIQQIIIHH")  # len opcode unique nodeid uid gid pid 
 OUT_HEADER = struct.Struct("<IiQ")  # len error unique
 READ_IN = struct.Struct("<QQIIQII")  # fh offset size read_flags lock_owner flags padding; READDIRPLUS too
 OPEN_IN = struct.Struct("<II")  # flags open_flags
+RELEASE_IN = struct.Struct("<QIIQ")  # fh flags release_flags lock_owner
 INTERRUPT_IN = struct.Struct("<Q")  # unique
 _ATTR = "QQQQQQIIIIIIIIII"  # ino size blocks atime mtime ctime *nsec mode nlink uid gid rdev blksize flags
 ATTR = struct.Struct("<" + _ATTR)

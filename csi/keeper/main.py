@@ -29,7 +29,7 @@ from csi.errors import ControlError, InvalidVolumeError, ModelMountError, MountE
 from csi.fuse import handshake
 from csi.fuse.handshake import BackendName
 from csi.jail.privileges import raise_descriptor_limit
-from csi.keeper import syscalls
+from csi.keeper import backing, syscalls
 from csi.keeper.records import SuperblockRecords
 from csi.keeper.superblock import FUSE_DEVICE, Slot, Superblock, is_fuse_device, open_root, open_superblock
 from csi.keeper.targets import Targets
@@ -40,6 +40,7 @@ _RESEND_SINCE = (6, 9)
 _MOUNT_ID = re.compile(r"[0-9a-f]{16,64}")
 _SLOT = re.compile(r"[a-z]{1,16}")
 _MAX_SLOTS, _MAX_SLOT_FDS = 4, 3  # with the connection and the root they fit into one message
+_MAX_BACKINGS = 1024  # of one mount; they fit into one message
 _IDLE_CLIENT_TIMEOUT_S = 10.0
 
 
@@ -53,6 +54,8 @@ class KeeperSettings:
     state_dir: str
     target_roots: Sequence[str] = ("/",)
     allowed_uids: frozenset[int] = frozenset({0})
+    backing_uid: int | None = None
+    """Whose files a mount may show by passthrough; None: nobody's."""
     take_over: bool = False
 
 
@@ -65,6 +68,7 @@ class Keeper:
         os.makedirs(self._mounts_dir, mode=0o700, exist_ok=True)
         self._records = SuperblockRecords(os.path.join(state_dir, "superblocks"), this_boot().hex())
         self._targets = Targets(settings.target_roots)
+        self._backing_uid = settings.backing_uid
         self._superblocks: dict[str, Superblock] = {}
 
     def recover(self) -> None:
@@ -107,7 +111,12 @@ class Keeper:
                 mount_id = _mount_id(request)
                 return self._collected(mount_id, self._live(mount_id), existed=True)
             case "restore":
-                self._restore(_mount_id(request), fds)
+                self._restore(_mount_id(request), fds, _backings(request))
+                return {}, []
+            case "back":
+                return self._back(_mount_id(request), fds), []
+            case "unback":
+                self._unback(_mount_id(request), wire.field(request, "backing_id", int))
                 return {}, []
             case "settle":
                 self._settle()
@@ -175,6 +184,7 @@ class Keeper:
             wire.exactly(fds, 3 + sum(int(note["fds"]) for note in notes))
             device, mount_point = wire.field(message, "device", str), self._mount_point(mount_id)
             held = Superblock(init, _backend(message), device, mount_point, fds[2], fds[0], fds[1])
+            held.backings = _backings(message)
             rest = fds[3:]
             for note in notes:
                 held.slots[str(note["slot"])], rest = Slot(dict(note["note"]), rest[: note["fds"]]), rest[note["fds"] :]
@@ -220,7 +230,30 @@ class Keeper:
             raise MountError(f"mount {mount_id}: mount point not removed: {exc.strerror}", errno=exc.errno) from exc
         self._records.remove(mount_id)
 
-    def _restore(self, mount_id: str, fds: list[int]) -> None:
+    def _back(self, mount_id: str, fds: list[int]) -> wire.Message:
+        """A file has one id for as long as the mount lives: the kernel allows an inode no other while it is open."""
+        held = self._live(mount_id)
+        if len(fds) != 1 or self._backing_uid is None:
+            raise MountError(
+                "passthrough: the keeper was given no descriptor, or no --backing-uid whose files it takes"
+            )
+        if refusal := backing.refusal_of(fds[0], self._backing_uid):
+            raise MountError(f"passthrough: {refusal}")
+        name = backing.name_of(fds[0])
+        if name not in held.backings:
+            if len(held.backings) >= _MAX_BACKINGS:
+                raise MountError(f"passthrough: a mount has at most {_MAX_BACKINGS} files of the cache")
+            held.backings[name] = backing.register(held.fd, fds[0])
+        return {"file": name, "backing_id": held.backings[name]}
+
+    def _unback(self, mount_id: str, backing_id: int) -> None:
+        held = self._live(mount_id)
+        for name in [name for name, known in held.backings.items() if known == backing_id]:
+            del held.backings[name]
+            with contextlib.suppress(OSError):
+                backing.unregister(held.fd, backing_id)
+
+    def _restore(self, mount_id: str, fds: list[int], backings: dict[str, int]) -> None:
         """A supervisor brings the descriptor of a mount back. One that is here already is kept."""
         held = self._superblocks.get(mount_id)
         if held is None or not _mounted(held):
@@ -229,6 +262,7 @@ class Keeper:
             raise ControlError(f"keeper: restore of {mount_id} needs the descriptors of its connection and its table")
         if not held.connected:
             held.table_fd, held.fd = fds.pop(), fds.pop()
+            held.backings = backings
             log.info("connection of mount %s is back", mount_id)
 
     def _settle(self) -> None:
@@ -259,7 +293,7 @@ class Keeper:
             slots.append({"slot": name, "note": slot.note, "fds": len(slot.fds)})
             fds += slot.fds
         fields = _describe(mount_id, held, existed=existed)
-        return fields | {"init": held.init.raw.hex(), "slots": slots}, fds
+        return fields | {"init": held.init.raw.hex(), "slots": slots, "backings": held.backings}, fds
 
     def _mount_point(self, mount_id: str) -> str:
         return os.path.join(self._mounts_dir, mount_id)
@@ -301,6 +335,10 @@ def _mount_id(request: wire.Message) -> str:
     if not _MOUNT_ID.fullmatch(mount_id):
         raise InvalidVolumeError(f"mount id {mount_id[:80]!r} is not hexadecimal", field="mount_id")
     return str(mount_id)
+
+
+def _backings(message: wire.Message) -> dict[str, int]:
+    return {str(name): int(backing_id) for name, backing_id in dict(message.get("backings", {})).items()}
 
 
 def _backend(request: wire.Message) -> BackendName:

@@ -69,6 +69,8 @@ class Superblock:
     fd: int
     table_fd: int
     slots: dict[str, Slot] = field(default_factory=dict)
+    backings: dict[str, int] = field(default_factory=dict)
+    """Backing ids by the name of their file."""
 
     @property
     def connected(self) -> bool:

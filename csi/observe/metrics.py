@@ -67,6 +67,11 @@ _PER_MOUNT_COUNTERS: tuple[tuple[str, str, Stability, str, str], ...] = (
         "damaged_blocks", "blocks", Stability.STABLE, "progress.damaged_blocks",
         "Blocks found damaged in the node's cache and fetched again.",
     ),
+    ("opens", "opens", Stability.BETA, "reads.opens", "Files opened through the raw backend."),
+    (
+        "passed_opens", "opens", Stability.BETA, "reads.passed_opens",
+        "Of those, the ones whose bytes the kernel reads from the cache by itself (FUSE passthrough).",
+    ),
     ("worker_restarts", "restarts", Stability.STABLE, "worker_restarts", "Workers that died and were replaced."),
     ("fetcher_restarts", "restarts", Stability.STABLE, "fetcher_restarts", "Fetchers that died and were replaced."),
 )  # fmt: skip
@@ -128,6 +133,14 @@ MOUNT_BLOBS = Metric(
     Stability.STABLE,
     "Blobs by state: filling, verified (sha256 matches), poisoned (it does not: reads fail).",
 )
+MOUNT_PASSED_BLOBS = Metric(
+    "modelmount_mount_passed_blobs",
+    Kind.GAUGE,
+    "blobs",
+    _MOUNT,
+    Stability.BETA,
+    "Blobs that the kernel reads from the cache by itself when their file is opened next.",
+)
 DATA_SIZE = Metric(
     "modelmount_data_size_bytes", Kind.GAUGE, "bytes", (), Stability.STABLE, "Size of the cache's file system."
 )
@@ -145,6 +158,7 @@ TABLE: tuple[Metric, ...] = (
     MOUNT_SIZE,
     MOUNT_CACHED,
     MOUNT_BLOBS,
+    MOUNT_PASSED_BLOBS,
     *MOUNT_COUNTERS,
     DATA_SIZE,
     DATA_FREE,

@@ -4,6 +4,9 @@
     attach   a mount begins: what is proven is linked into its area; answers what its registry has to show first
     prove    a mount's registry has delivered the block it was asked for
     promote  a mount has a blob complete: hash it, share it. Answered at once; `shared` or `wrong` is said later
+    backing  a descriptor of a proven blob that a mount has, for the kernel to read from; without one it is hashed first, and
+             `proven` is said later
+    doubt    a mount has found a block of a proven blob damaged: it has to be hashed again before it is `backing`
     grant    how much more a mount may allocate, after eviction where it is needed
     ls, df, prune, verify, pin, unpin   what `modelmount cache` shows and does
 
@@ -77,7 +80,7 @@ class Store:
             case "start":
                 if not fds:
                     raise ControlError("store: start needs the domain's directory")
-                self._shelf = Shelf(fds[0])
+                self._shelf = Shelf(fds[0], wire.field(request, "boot", str))
                 for directory_fd in fds[1:]:
                     self._work.put(functools.partial(_remove_old, directory_fd))
                 self._limits = Limits(
@@ -94,6 +97,12 @@ class Store:
                 return {"shared": self._ready().prove(_mount_id(request), digest, block, _origins(request))}
             case "promote":
                 self._work.put(lambda: self._promote(request))
+                return {}
+            case "backing":
+                self._send_backing(request)
+                return None
+            case "doubt":
+                self._ready().doubt(_mount_id(request), Digest.parse(wire.field(request, "digest", str)))
                 return {}
             case "grant":
                 return {"size_bytes": self._grant(_mount_id(request))}
@@ -141,6 +150,28 @@ class Store:
             log.warning("%s", exc)
         else:
             self._send({"op": "shared", "mount_id": mount_id, "digest": str(digest), "fresh": fresh})
+
+    def _send_backing(self, request: wire.Message) -> None:
+        mount_id, digest = _mount_id(request), Digest.parse(wire.field(request, "digest", str))
+        file_fd = self._ready().open_proven(mount_id, digest)
+        if file_fd is None:
+            self._work.put(lambda: self._prove_again(mount_id, digest))
+            self._send(wire.ok(request))
+            return
+        try:
+            self._send(wire.ok(request), [file_fd])
+        finally:
+            os.close(file_fd)
+
+    def _prove_again(self, mount_id: str, digest: Digest) -> None:
+        with contextlib.suppress(CacheError):  # it may have been for another mount
+            file_fd = self._ready().open_proven(mount_id, digest)
+            if file_fd is not None:
+                os.close(file_fd)
+            elif not self._ready().prove_again(digest):
+                log.warning("blob %s: its proven copy is damaged; 'modelmount cache verify' removes it", digest.short())
+                return
+            self._send({"op": "proven", "mount_id": mount_id, "digest": str(digest)})
 
     def _grant(self, mount_id: str) -> int:
         given = min(_GRANT_BYTES, max(0, self._make_room(_GRANT_BYTES)))

@@ -23,7 +23,7 @@ import shutil
 import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from csi.cache import format as fmt
 from csi.errors import CacheError, DigestMismatchError
@@ -52,16 +52,26 @@ class Attached:
 
 
 @dataclass(frozen=True, slots=True)
+class _Proof:
+    """That a file was hashed and found right: in which boot, which file, and when it was written to for the last time."""
+
+    boot: str
+    inode: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class _About:
     size_bytes: int
     origins: tuple[str, ...]
+    proof: _Proof | None = None
 
 
 class Shelf:
-    """Thread-safe. `domain_fd` is the domain's directory; everything is reached from there."""
+    """Thread-safe. `domain_fd` is the domain's directory; everything is reached from there. `boot`: this one's id."""
 
-    def __init__(self, domain_fd: int) -> None:
-        self._domain_fd = domain_fd
+    def __init__(self, domain_fd: int, boot: str) -> None:
+        self._domain_fd, self._boot = domain_fd, boot
         self._blobs_fd = os.open("blobs", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=domain_fd)
         self._mounts_fd = os.open("mounts", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=domain_fd)
         self._lock = threading.Lock()
@@ -118,8 +128,8 @@ class Shelf:
             try:
                 _remove_tree(self._blobs_fd, work)
                 os.mkdir(work, 0o755, dir_fd=self._blobs_fd)
-                self._copy(source, work, digest, size_bytes)
-                self._write_about(work, _About(size_bytes, tuple(origins)))
+                proof = self._copy(source, work, digest, size_bytes)
+                self._write_about(work, _About(size_bytes, tuple(origins), proof))
                 with self._lock:
                     self._remove_blob(digest.path_name)  # one whose `about` is damaged, if any
                 os.rename(work, digest.path_name, src_dir_fd=self._blobs_fd, dst_dir_fd=self._blobs_fd)
@@ -138,27 +148,73 @@ class Shelf:
 
     def verify(self, digest: Digest) -> bool:
         """Hash a proven blob again; a damaged one leaves the shelf (mounts that have it check every block anyway)."""
-        if self._is_right(digest):
+        if self.prove_again(digest):
             return True
         with self._lock:
             self._remove_blob(digest.path_name)
         return False
 
-    def _is_right(self, digest: Digest) -> bool:
+    def prove_again(self, digest: Digest) -> bool:
+        """Hash a proven blob again, and note that it is right."""
+        proof = self._hashed(digest)
+        with self._lock:
+            about = self._about(digest)
+            if proof is not None and about is not None:
+                with contextlib.suppress(OSError):
+                    self._write_about(digest.path_name, replace(about, proof=proof))
+        return proof is not None
+
+    def doubt(self, mount_id: str, digest: Digest) -> None:
+        """A mount that has the blob found it damaged: what was proven of it does not count any more. Raises: CacheError."""
+        if (file_fd := self.open_proven(mount_id, digest)) is None:
+            return
+        os.close(file_fd)
+        with self._lock:
+            if about := self._about(digest):
+                try:
+                    self._write_about(digest.path_name, replace(about, proof=None))
+                except OSError as exc:
+                    raise CacheError(f"blob {digest.short()}: doubts cannot be noted: {exc.strerror}") from exc
+
+    def open_proven(self, mount_id: str, digest: Digest) -> int | None:
+        """A descriptor of a proven blob that the mount has. None when it has to be hashed first: it was not since the machine
+        started, or it was written to since.
+
+        Raises: CacheError when the mount does not have it.
+        """
+        with self._lock:
+            about = self._about(digest)
+            try:
+                linked = os.stat(f"{mount_id}/{digest.path_name}/{fmt.DATA_NAME}", dir_fd=self._mounts_fd)
+                with _opened(self._blobs_fd, f"{digest.path_name}/{fmt.DATA_NAME}") as fd:
+                    found = os.fstat(fd)
+                    if about is None or not os.path.samestat(found, linked):
+                        raise CacheError(f"blob {digest.short()}: mount {mount_id[:8]} has another file of it")
+                    if about.proof != _Proof(self._boot, found.st_ino, found.st_mtime_ns):
+                        return None
+                    return os.dup(fd)
+            except OSError as exc:
+                raise CacheError(f"blob {digest.short()}: mount {mount_id[:8]} has no proven file of it") from exc
+
+    def _hashed(self, digest: Digest) -> _Proof | None:
+        """The proof that the blob is right; None when it is not, or was written to meanwhile."""
         about = self._about(digest)
         if about is None:
-            return False
+            return None
         hasher, hashes = digest.hasher(), bytearray()
         try:
             with _opened(self._blobs_fd, f"{digest.path_name}/{fmt.DATA_NAME}") as fd:
+                before = os.fstat(fd)
                 for view in _blocks_of(fd, 0, about.size_bytes):
                     hasher.update(view)
                     hashes += hash_of(view)
+                proof, unchanged = _Proof(self._boot, before.st_ino, before.st_mtime_ns), _same(before, os.fstat(fd))
             with _opened(self._blobs_fd, f"{digest.path_name}/{fmt.HASHES_NAME}") as fd:
                 kept = os.pread(fd, len(hashes) + 1024, 0)
         except OSError:
-            return False
-        return hasher.hexdigest() == digest.hex and kept == fmt.pack_hashes(bytes(hashes))
+            return None
+        right = hasher.hexdigest() == digest.hex and kept == fmt.pack_hashes(bytes(hashes))
+        return proof if unchanged and right else None
 
     def entries(self) -> list[Entry]:
         """Everything that takes room. Areas that nobody uses any more give back their links on the way."""
@@ -230,7 +286,7 @@ class Shelf:
         about = self._about(digest)
         return about.size_bytes if about else None
 
-    def _copy(self, source: str, work: str, digest: Digest, size_bytes: int) -> None:
+    def _copy(self, source: str, work: str, digest: Digest, size_bytes: int) -> _Proof:
         hasher = digest.hasher()
         hashes = bytearray()
         with _new(self._blobs_fd, f"{work}/{fmt.DATA_NAME}") as ours:
@@ -248,6 +304,7 @@ class Shelf:
                             _write_all(ours, view, done)
                         done += len(view)
                 os.fsync(ours)
+            made = os.fstat(ours)
         if hasher.hexdigest() != digest.hex:
             raise DigestMismatchError(
                 f"blob {digest.short()}: its blocks hash to {digest.algorithm}:{hasher.hexdigest()[:12]}; it is not shared. "
@@ -259,6 +316,7 @@ class Shelf:
         _write_whole(
             self._blobs_fd, f"{work}/{fmt.HASHES_NAME}", fmt.pack_hashes(bytes(hashes)), mode=_SHARED_FILE_MODE
         )
+        return _Proof(self._boot, made.st_ino, made.st_mtime_ns)
 
     def _link(self, mount_id: str, digest: Digest) -> bool:
         """All or nothing for a reader: the hashes come last, and without them nothing counts."""
@@ -281,18 +339,22 @@ class Shelf:
         try:
             with _opened(self._blobs_fd, f"{digest.path_name}/{_ABOUT}") as fd:
                 value = json.loads(os.pread(fd, 1 << 20, 0))
-            return _About(int(value["size_bytes"]), tuple(map(str, value["origins"])))
+            proof = value.get("proof")
+            return _About(
+                int(value["size_bytes"]),
+                tuple(map(str, value["origins"])),
+                _Proof(str(proof["boot"]), int(proof["inode"]), int(proof["mtime_ns"])) if proof else None,
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def _write_about(self, name: str, about: _About) -> None:
-        content = json.dumps({"size_bytes": about.size_bytes, "origins": about.origins}).encode()
-        _write_whole(self._blobs_fd, f"{name}/{_ABOUT}", content)
+        _write_whole(self._blobs_fd, f"{name}/{_ABOUT}", json.dumps(asdict(about)).encode())
 
     def _add_origins(self, digest: Digest, about: _About, origins: Sequence[str]) -> None:
         merged = tuple(dict.fromkeys([*about.origins, *origins]))
         if merged != about.origins:
-            self._write_about(digest.path_name, _About(about.size_bytes, merged))
+            self._write_about(digest.path_name, replace(about, origins=merged))
 
     @contextlib.contextmanager
     def _segment(self, directory: str, segment: int) -> Iterator[tuple[int, int]]:
@@ -362,6 +424,10 @@ def _blocks_of(fd: int, first: int, length: int) -> Iterator[memoryview]:
                 raise OSError(0, "a file is shorter than its blob")
             done += count
         yield view
+
+
+def _same(one: os.stat_result, other: os.stat_result) -> bool:
+    return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
 
 
 def _write_all(fd: int, view: memoryview, offset: int) -> None:

@@ -24,6 +24,7 @@ from csi.supervisor.area import open_area
 from csi.supervisor.child import Child, ChildPool, adopted
 from csi.supervisor.kept import KeptMounts
 from csi.supervisor.lease import Source
+from csi.supervisor.passing import PassThrough
 from csi.supervisor.resolve import send_hosts
 from csi.supervisor.settings import SupervisorSettings
 from csi.supervisor.store_link import StoreLink
@@ -75,6 +76,7 @@ class Fetching:
         """Where the block index came from."""
         self.proven: set[str] = set()
         """Origins that have shown that they have the model, and not only its manifest."""
+        self.passing: PassThrough | None = None
         self.restarts = 0
         self.jail: dict[str, Any] = {}
 
@@ -261,8 +263,18 @@ class Fetching:
         """A blob of ours is shared now, or was found wrong."""
         if message.get("op") == "shared":
             self._aside(self._adopt_shared(str(message.get("digest")), fresh=bool(message.get("fresh"))))
+        elif message.get("op") == "proven" and self.passing is not None:
+            self._aside(self.passing.offer(str(message.get("digest"))))
         elif message.get("op") == "wrong":
             self._event("IntegrityFailure", str((message.get("error") or {}).get("message", "")))
+
+    async def announce(self) -> None:
+        """The fetcher of a supervisor before us says again which proven blobs it has in place."""
+        if self.child is not None:
+            try:
+                await self.child.call("announce", 5.0)
+            except ModelMountError as exc:  # its successor says it by itself
+                log.info("mount %s: %s", self._name, exc)
 
     async def stop(self) -> None:
         """End the fetcher, and let go of the area. Idempotent."""
@@ -392,6 +404,10 @@ class Fetching:
                 self._aside(self._tell_store("promote", message))
             case "proof":
                 self._aside(self._tell_store("prove", message))
+            case "adopted" if self.passing is not None:
+                self._aside(self.passing.adopted(str(message.get("digest"))))
+            case "damaged" if self.passing is not None:
+                self._aside(self.passing.withdraw(str(message.get("digest"))))
 
     def _aside(self, work: Coroutine[Any, Any, None]) -> None:
         """Beside everything else, and only logged when it fails: nobody waits for it."""

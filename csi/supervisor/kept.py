@@ -31,6 +31,7 @@ class _Holding:
     fuse_fd: int
     table_fd: int
     slots: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = field(default_factory=dict)
+    backings: dict[str, int] = field(default_factory=dict)
 
     def close(self) -> None:
         wire.close_all([self.fuse_fd, self.table_fd, *(fd for _, fds in self.slots.values() for fd in fds)])
@@ -83,6 +84,19 @@ class KeptMounts:
         except ControlError as exc:
             log.info("mount %s: %s not dropped: %s", mount_id[:8], slot, exc)
 
+    async def back(self, mount_id: str, file_fd: int) -> int:
+        """See `KeeperClient.back`: the backing id."""
+        name, backing_id = await asyncio.to_thread(self._keeper.back, mount_id, file_fd)
+        if holding := self._holdings.get(mount_id):
+            holding.backings[name] = backing_id
+        return backing_id
+
+    async def unback(self, mount_id: str, backing_id: int) -> None:
+        """See `KeeperClient.unback`."""
+        if holding := self._holdings.get(mount_id):
+            holding.backings = {name: known for name, known in holding.backings.items() if known != backing_id}
+        await asyncio.to_thread(self._keeper.unback, mount_id, backing_id)
+
     async def unmount(self, mount_id: str) -> None:
         """See `KeeperClient.unmount`. Without a keeper the next one removes the mount, as nobody brings it back."""
         if holding := self._holdings.pop(mount_id, None):
@@ -121,7 +135,9 @@ class KeptMounts:
     async def _restore_all(self) -> None:
         for mount_id, holding in list(self._holdings.items()):
             try:
-                await asyncio.to_thread(self._keeper.restore, mount_id, holding.fuse_fd, holding.table_fd)
+                await asyncio.to_thread(
+                    self._keeper.restore, mount_id, holding.fuse_fd, holding.table_fd, holding.backings
+                )
                 for slot, (note, fds) in list(holding.slots.items()):
                     await asyncio.to_thread(self._keeper.keep, mount_id, slot, note, fds)
             except MountError as exc:
@@ -137,6 +153,7 @@ class KeptMounts:
             os.dup(collected.fuse_fd),
             os.dup(collected.table_fd),
             {name: (slot.note, tuple(map(os.dup, slot.fds))) for name, slot in collected.slots.items()},
+            dict(collected.backings),
         )
         return collected
 

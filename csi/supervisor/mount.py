@@ -29,6 +29,7 @@ from csi.supervisor.kept import KeptMounts
 from csi.supervisor.lease import Lease, Source, source, sources_of
 from csi.supervisor.manifests import KeptManifests
 from csi.supervisor.parents import NO_PARENTS, FoundParents, Parent, parent_sources
+from csi.supervisor.passing import PassThrough, refusal_for
 from csi.supervisor.records import MountRecord, MountRecords
 from csi.supervisor.resolve import Resolved, kept_of, resolve, resolve_known
 from csi.supervisor.serving import Serving
@@ -62,6 +63,7 @@ class Mount:
         self.summary: dict[str, int] = {}
         self.events: deque[dict[str, Any]] = deque(maxlen=64)
         self._keeper, self._pool, self._records, self._settings = keeper, pool, records, settings
+        self._store = store
         self._manifests = manifests
         self.fetching = Fetching(key, keeper, pool, store, settings, self._sources, self.event, self._on_new_fetcher)
         self.serving = Serving(
@@ -152,6 +154,7 @@ class Mount:
             )
             for slot in collected.slots.values():
                 wire.close_all(slot.fds)
+            self._pass_through(collected)
             self.serving.connect(collected, self._tree_fd, area_fd)
             await self.fetching.keep()
             await self.serving.start(worker)
@@ -168,6 +171,11 @@ class Mount:
         self.serving.watch()
         self.fetching.watch()
 
+    def _pass_through(self, collected: CollectedMount) -> None:
+        refusal = refusal_for(self._settings, collected, self.key.domain)
+        passing = PassThrough(self.mount_id, self._keeper, self._store, refusal, lambda: self.serving.child)
+        self.serving.passing = self.fetching.passing = passing
+
     async def adopt(self, record: MountRecord, collected: CollectedMount) -> None:
         """Go on with a mount of a supervisor before us. What of it still lives serves on; the rest is started.
 
@@ -183,7 +191,11 @@ class Mount:
             self._tree_fd = self._records.open_tree(self.mount_id)
         finally:
             self.serving.connect(collected, self._tree_fd, self.fetching.area_fd)
+        self._pass_through(collected)
         await asyncio.gather(self.fetching.adopt(slots.get("fetcher")), self.serving.adopt(slots.get("worker")))
+        if self.serving.child is not None and self.serving.passing is not None:
+            await self.serving.passing.begin_anew(self.serving.child)
+            await self.fetching.announce()
         self.serving.watch()
         self.fetching.watch()
 
@@ -350,6 +362,7 @@ class Mount:
             "can_resend": self.kept.can_resend if self.kept else None,
             "init_set_version": self.kept.init_set_version if self.kept else None,
             "backend": self.kept.backend if self.kept else None,
+            "passthrough": self.serving.passing.status() if self.serving.passing else None,
             "jail": {"worker": self.serving.jail, "fetcher": self.fetching.jail},
             "dead": self.dead,
             "preparing": None if self.kept is not None else self._build.not_ready().message,

@@ -26,6 +26,7 @@ from csi.fuse.handshake import RESEND_MESSAGE, BackendName
 from csi.fuse.refusal import refuse_waiting
 from csi.supervisor.child import Child, ChildPool, adopted
 from csi.supervisor.kept import KeptMounts
+from csi.supervisor.passing import PassThrough
 from csi.supervisor.settings import SupervisorSettings
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class Serving:
         self.dead = False
         """The connection has ended; only a new mount helps."""
         self.restarts = 0
+        self.passing: PassThrough | None = None
         self.jail: dict[str, Any] = {}
         self.longest_pause_s = 0.0
         """Of all replacements: from the end of one worker to the first answer of the next."""
@@ -216,6 +218,8 @@ class Serving:
                 init=self._init.hex(),
                 recheck=self._recheck,
             )
+        if self.passing is not None:
+            await self.passing.tell(worker)
         self.child = worker
 
     async def _leave(self, worker: Child) -> None:

@@ -38,6 +38,8 @@ class SupervisorSettings:
     """With 10 ms per request an mmap reader gets 10-20 MB/s at the kernel's 128 KiB, 450-790 at 16 MiB (measured)."""
     fuse_backend: BackendName = BackendName.RAW
     """Who serves mounts made from now on; those that exist keep theirs."""
+    passthrough: bool = True
+    """Let the kernel read proven files of the cache by itself, where it can."""
     fetch_threads: int = 4
     resolve_timeout_s: float = 20.0
     patience_s: float = 10.0

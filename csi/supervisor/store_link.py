@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from csi.boot import this_boot
 from csi.cache.format import VERSION
 from csi.control import wire
 from csi.errors import ControlError, ModelMountError
@@ -89,6 +90,7 @@ class StoreLink:
                 fds,
                 max_bytes=self._settings.cache_limit_bytes,
                 min_free=self._settings.cache_min_free,
+                boot=this_boot().hex(),
             )
         except BaseException:
             child.kill()

@@ -6,6 +6,8 @@
     load     a tree and the mount's cache area: everything that can go wrong before the connection is ours
     serve    a kept /dev/fuse connection, a channel to the fetcher; answered when requests are being served
     fetcher  another channel, after the fetcher was replaced
+    backings   which blobs the kernel may read by itself, and by which ids
+    no_backing one that it may not any more; answered with whether it still is open so
     release  the last pod is gone: reads that wait for the network fail now, so that no process stays unkillable
     stop     receive nothing any more, finish what was received within a patience, answer, exit; what is left then is its
              successor's
@@ -23,7 +25,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import trio
@@ -31,11 +33,13 @@ import trio
 from csi.cache.ring import BorrowedBlocks
 from csi.control import wire
 from csi.errors import ControlError, ModelMountError, RegistryUnavailableError, from_wire
+from csi.fuse.backings import THROUGH_US, Backings
 from csi.fuse.handshake import BackendName
 from csi.fuse.port import Backend, Connection, ContentReader, Namespace
 from csi.fuse.pyfuse3_backend import Pyfuse3Backend
 from csi.fuse.raw_backend import RawBackend
 from csi.jail.confinement import Level, Role, narrow_to
+from csi.oci.digest import Digest
 from csi.oci.view import View
 from csi.stream.scheduler import Priority
 from csi.tree.file_format import Tree
@@ -53,10 +57,6 @@ _MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 _MAX_TREE_BYTES = 1 << 30
 _MAX_REPORTED_LAYERS = 200
 _STOP_PATIENCE_S = 1.5
-_BACKENDS: dict[BackendName, Callable[[Namespace, ContentReader], Backend]] = {
-    BackendName.PYFUSE3: Pyfuse3Backend,
-    BackendName.RAW: RawBackend,
-}
 
 
 class Worker:
@@ -68,6 +68,8 @@ class Worker:
         self._jail = jail
         self._nursery: trio.Nursery | None = None
         self._backend: Backend | None = None
+        self._raw: RawBackend | None = None
+        self._backings: Backings | None = None
         self._reader: CachedReader | None = None
         self._tree: Tree | None = None
         self._area_fd = -1
@@ -132,9 +134,19 @@ class Worker:
                 if self._reader is not None:
                     self._reader.fail_waiting(RegistryUnavailableError("the volume is being removed"))
                 self._reply(wire.ok(request))
+            case "backings":
+                ids = wire.field(request, "ids", dict)
+                if self._backings is not None:
+                    if request.get("anew"):
+                        self._backings.forget_all()
+                    self._backings.use({Digest.parse(digest): int(backing_id) for digest, backing_id in ids.items()})
+                self._reply(wire.ok(request))
+            case "no_backing":
+                self._reply(wire.ok(request, open=self._forget_backing(wire.field(request, "digest", str))))
             case "stats":
                 counters = self._reader.counters if self._reader else {}
-                self._reply(wire.ok(request, **counters))
+                opens = self._raw.counters if self._raw else {}
+                self._reply(wire.ok(request, **counters, **opens))
             case other:
                 wire.close_all(fds)
                 raise ControlError(f"worker: unknown operation {other!r}")
@@ -203,7 +215,7 @@ class Worker:
 
     def _load(self, request: wire.Message, fds: list[int]) -> None:
         tree_fd, area_fd = wire.exactly(fds, 2)
-        backend_class = _BACKENDS[BackendName(wire.field(request, "backend", str))]
+        backend_name = BackendName(wire.field(request, "backend", str))
         if os.fstat(tree_fd).st_size > _MAX_TREE_BYTES:
             raise ModelMountError("the tree file is larger than 1 GiB")
         narrow_to(Role.WORKER, area_fd)
@@ -213,7 +225,7 @@ class Worker:
         reader = self._reader = CachedReader(tree, area_fd, self, float(request.get("read_deadline_s", 120.0)))
         has_encoded = any(blob.encoding is not Encoding.IDENTITY for blob in tree.blobs)
         content: ContentReader = DecodingReader(tree, area_fd, reader) if has_encoded else reader
-        self._backend = backend_class(Namespace(tree), content)
+        self._backend = self._made_backend(backend_name, tree, content)
         self._area_fd = area_fd
 
     def _serve(self, request: wire.Message, fds: list[int]) -> None:
@@ -232,6 +244,19 @@ class Worker:
             self._connection,
             lambda: self._reply(wire.ok(request, **self._jail.as_fields())),
         )
+
+    def _made_backend(self, name: BackendName, tree: Tree, content: ContentReader) -> Backend:
+        if name is BackendName.PYFUSE3:
+            return Pyfuse3Backend(Namespace(tree), content)
+        self._backings = Backings(tree)
+        self._raw = RawBackend(Namespace(tree), content, self._backings)
+        return self._raw
+
+    def _forget_backing(self, digest: str) -> bool:
+        if self._backings is None or self._raw is None:
+            return False
+        backing_id = self._backings.forget(Digest.parse(digest))
+        return backing_id == THROUGH_US or self._raw.is_open_by(backing_id)
 
     async def _serve_connection(self, backend: Backend, connection: Connection, on_serving: Any) -> None:
         await backend.serve(connection, on_serving)

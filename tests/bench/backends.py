@@ -48,7 +48,8 @@ def measure_round(directory: Path, reference: str, size: int, samples: Samples) 
     for request, read_ahead in READ_AHEAD_KB.items():
         for backend in BACKENDS if number % 2 else reversed(BACKENDS):
             place = directory / f"{backend}-{read_ahead}"
-            with NodeProcess(place, f"--fuse-backend={backend}", f"--read-ahead-kb={read_ahead}") as node:
+            flags = (f"--fuse-backend={backend}", f"--read-ahead-kb={read_ahead}", "--passthrough=off")
+            with NodeProcess(place, *flags) as node:
                 _one(node, reference, size, f"{backend}, {request} requests", samples)
             shutil.rmtree(place)
 

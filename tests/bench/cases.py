@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import backends, publishes
+from bench import backends, passing, publishes
 from bench.machine import (
     GIB,
     cache_files,
@@ -77,7 +77,7 @@ def published(bench: Bench, host: str, *flags: str, model: Model | None = None) 
     model = model or bench.model
     place = bench.directory / "node"
     try:
-        with NodeProcess(place, *flags) as node:
+        with NodeProcess(place, "--passthrough=off", *flags) as node:
             target = node.target()
             touch_memory(3 * bench.model.size)
             node.publish(model.reference(host), target)
@@ -216,7 +216,7 @@ def first_byte(bench: Bench) -> None:
     """From the call of the publish to a byte of the weights."""
     for gigabytes, model in bench.sparse.items():
         place = bench.directory / "node"
-        with NodeProcess(place) as node:
+        with NodeProcess(place, "--passthrough=off") as node:
             target = node.target()
             started = time.monotonic()
             node.publish(model.reference(bench.registry.host), target)
@@ -281,6 +281,11 @@ def both_backends(bench: Bench) -> None:
     backends.measure_round(bench.directory, bench.model.reference(bench.registry.host), bench.model.size, bench.samples)
 
 
+def passthrough(bench: Bench) -> None:
+    """Passthrough and the worker against the plain file, see `passing.py`."""
+    passing.measure_round(bench.directory, bench.model.reference(bench.registry.host), bench.model.size, bench.samples)
+
+
 def storms(bench: Bench) -> None:
     """Many publishes at once, in the first round only; see `publishes.py`."""
     if not bench.samples.facts:
@@ -297,5 +302,6 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "first-byte": first_byte,
     "rclone": rclone,
     "backends": both_backends,
+    "passthrough": passthrough,
     "publishes": storms,
 }

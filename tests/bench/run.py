@@ -23,6 +23,7 @@ from bench.backends import backend_rows  # noqa: E402
 from bench.cases import CASES, CURLS, Bench  # noqa: E402
 from bench.machine import GIB, MIB, description  # noqa: E402
 from bench.models import push_random, put_sparse  # noqa: E402
+from bench.passing import passing_rows  # noqa: E402
 from bench.servers import Front  # noqa: E402
 from bench.table import Row, Samples, as_markdown, as_text  # noqa: E402
 from registry_process import RegistryProcess, find_or_install_registry  # noqa: E402
@@ -63,6 +64,7 @@ def rows(samples: Samples, gib: float) -> Iterator[Row]:
         if name.startswith(("Pss ", "RSS ")):
             yield from fact(name, "MiB")
     yield from backend_rows(samples)
+    yield from passing_rows(samples)
     yield from (Row.of(name, unit, [value]) for name, value, unit in samples.facts)
 
 

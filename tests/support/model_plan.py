@@ -42,7 +42,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`cache_limit` 0: none. `pace_s`: what a registry takes for a MiB."""
+    """`backend`: of FUSE, `raw` and `passthrough` are one, without and with. `cache_limit` 0: none. `pace_s`: what a registry
+    takes for a MiB.
+    """
 
     seed: int
     backend: str
@@ -64,7 +66,7 @@ def make(seed: int, steps: int) -> Plan:
     chosen = random.Random(seed)
     return Plan(
         seed=seed,
-        backend=chosen.choice(["raw", "raw", "pyfuse3"]),
+        backend=chosen.choice(["passthrough", "raw", "pyfuse3"]),
         cache_limit=chosen.choice([0, 0, 0, 250 << 20]),
         pace_s=chosen.choice([0.0, 0.002, 0.02]),
         readers=chosen.choice([2, 3, 4]),

@@ -35,7 +35,7 @@ def domain(tmp_path: Path) -> Path:
 @pytest.fixture
 def shelf(domain: Path) -> Iterator[Shelf]:
     fd = os.open(domain, os.O_RDONLY | os.O_DIRECTORY)
-    yield Shelf(fd)
+    yield Shelf(fd, "this boot")
     os.close(fd)
 
 
@@ -66,7 +66,12 @@ def test_a_proven_blob_is_one_read_only_file_that_mounts_have_links_to(shelf: Sh
         )
     )
     about = json.loads((proven / "about").read_text())
-    assert (about["size_bytes"], about["origins"]) == (len(CONTENT), ["registry/a"])
+    status = (proven / "data").stat()
+    assert about == {
+        "size_bytes": len(CONTENT),
+        "origins": ["registry/a"],
+        "proof": {"boot": "this boot", "inode": status.st_ino, "mtime_ns": status.st_mtime_ns},
+    }
     mine = domain / "mounts" / MOUNT / DIGEST.path_name
     assert (mine / "data").samefile(proven / "data")
     assert writer.adopt(DIGEST, None, fresh=True)
@@ -143,3 +148,51 @@ def test_areas_that_nobody_uses_give_their_links_back(shelf: Shelf, domain: Path
     assert entries[MOUNT].size_bytes == 0
     assert not entries[DIGEST.path_name].in_use
     assert entries[DIGEST.path_name].size_bytes >= len(CONTENT)
+
+
+def opened(shelf: Shelf) -> bool:
+    fd = shelf.open_proven(MOUNT, DIGEST)
+    if fd is None:
+        return False
+    assert os.pread(fd, len(CONTENT) + 1, 0) == CONTENT
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.write(fd, b"x")
+    os.close(fd)
+    return True
+
+
+def test_a_proof_counts_in_its_boot_until_somebody_writes(shelf: Shelf, domain: Path) -> None:
+    fetched(domain).close()
+    shelf.promote(MOUNT, DIGEST, len(CONTENT), ["registry/a"])
+    assert opened(shelf)
+    domain_fd = os.open(domain, os.O_RDONLY | os.O_DIRECTORY)
+    next_boot = Shelf(domain_fd, "the next boot")
+    assert not opened(next_boot)
+    assert next_boot.prove_again(DIGEST)
+    assert opened(next_boot)
+    assert not opened(shelf)
+    data = domain / "blobs" / DIGEST.path_name / "data"
+    with open(data, "r+b") as file:
+        file.write(b"\0")
+    assert not opened(next_boot)
+    assert not next_boot.prove_again(DIGEST), "it is damaged now"
+    assert not opened(next_boot)
+    with open(data, "r+b") as file:
+        file.write(CONTENT[:1])
+    assert not opened(next_boot)
+    assert next_boot.prove_again(DIGEST)
+    assert opened(next_boot)
+    next_boot.doubt(MOUNT, DIGEST)
+    assert not opened(next_boot)
+    os.close(domain_fd)
+
+
+def test_only_a_mount_that_has_the_blob_gets_its_file(shelf: Shelf, domain: Path) -> None:
+    fetched(domain).close()
+    shelf.promote(MOUNT, DIGEST, len(CONTENT), ["registry/a"])
+    (domain / "mounts" / OTHER / DIGEST.path_name).mkdir()
+    with pytest.raises(CacheError):
+        shelf.open_proven(OTHER, DIGEST)
+    (domain / "mounts" / OTHER / DIGEST.path_name / "data").write_bytes(CONTENT)
+    with pytest.raises(CacheError, match="another file"):
+        shelf.open_proven(OTHER, DIGEST)

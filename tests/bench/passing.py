@@ -1,0 +1,115 @@
+"""FUSE passthrough, and the same reads through the worker, against the plain file in the cache: in one run, in turn.
+
+Every ratio is our time ÷ that of the cache's own file, read in the same way. Warm: the file's pages are in memory (and, through
+the worker, the mount's own are dropped before). Cold: they are dropped too, so the disk is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bench.backends import latency
+from bench.machine import GIB, MIB, cat, cpu_seconds, drop, settled, timed
+from bench.table import Row, Samples
+from support.node_process import NodeProcess
+
+_PAGE = 4096
+_WAYS = {"passthrough": "--passthrough=auto", "through the worker": "--passthrough=off"}
+_UNITS = {
+    "warm, 1 MiB reads ÷ the plain file": "ratio",
+    "warm, 1 MiB reads": "GiB/s",
+    "warm, 1 MiB reads, worker CPU": "s/GiB",
+    "warm, mapped ÷ the plain file": "ratio",
+    "warm, mapped": "GiB/s",
+    "warm, mapped, worker CPU": "s/GiB",
+    "warm, 4 KiB at random ÷ the plain file": "ratio",
+    "cold disk, 1 MiB reads ÷ the plain file": "ratio",
+    "cold disk, 1 MiB reads": "GiB/s",
+}
+
+
+def passing_rows(samples: Samples) -> Iterator[Row]:
+    """Rows of what `measure_round` brought."""
+    for way in _WAYS:
+        for what, unit in _UNITS.items():
+            yield from samples.fact(f"{way}: {what}", unit)
+
+
+def measure_round(directory: Path, reference: str, size: int, samples: Samples) -> None:
+    """Both ways; who is first changes from round to round."""
+    number = len(samples.values[f"passthrough: {next(iter(_UNITS))}"])
+    for way in _WAYS if number % 2 else reversed(_WAYS):
+        place = directory / "way"
+        with NodeProcess(place, _WAYS[way]) as node:
+            _one(node, reference, size, way, samples)
+        shutil.rmtree(place)
+
+
+def _one(node: NodeProcess, reference: str, size: int, way: str, samples: Samples) -> None:
+    target = node.target()
+    node.publish(reference, target)
+    weights = target / "model.safetensors"
+    cat(weights)
+    _until(lambda: bool(_proven(node)))
+    settled(node)
+    if way == "passthrough":
+        _until(lambda: bool(node.status()[0]["passthrough"]["blobs"]))
+    (plain,) = _proven(node)
+    worker, gib = node.status()[0]["worker_pid"], size / GIB
+    reads: dict[str, Callable[[Path], object]] = {
+        "warm, 1 MiB reads": functools.partial(read_by, MIB),
+        "warm, mapped": touch_pages,
+    }
+    for name, read in reads.items():
+        cat(plain)
+        drop(weights)
+        before = cpu_seconds(worker)
+        ours = timed(functools.partial(read, weights))
+        samples.add(f"{way}: {name}, worker CPU", (cpu_seconds(worker) - before) / gib)
+        samples.add(f"{way}: {name}", gib / ours)
+        samples.add(f"{way}: {name} ÷ the plain file", ours / timed(functools.partial(read, plain)))
+    drop(weights)
+    theirs = latency(plain, size)
+    samples.add(f"{way}: warm, 4 KiB at random ÷ the plain file", latency(weights, size) / theirs)
+    times = []
+    for path in (weights, plain):
+        drop(weights)
+        drop(plain)
+        times.append(timed(functools.partial(read_by, MIB, path)))
+    samples.add(f"{way}: cold disk, 1 MiB reads ÷ the plain file", times[0] / times[1])
+    samples.add(f"{way}: cold disk, 1 MiB reads", gib / times[0])
+    node.unpublish(target)
+
+
+def _proven(node: NodeProcess) -> list[Path]:
+    return list((node.data_dir / "cache").rglob("blobs/sha256-*/data"))
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit("the blob was never proven, or is not passed through; see the node's status")
+        time.sleep(0.1)
+
+
+def read_by(length: int, path: Path) -> None:
+    """Read a file to its end into one buffer."""
+    buffer = memoryview(mmap.mmap(-1, length))
+    fd = os.open(path, os.O_RDONLY)
+    while os.readv(fd, [buffer]):
+        pass
+    os.close(fd)
+
+
+def touch_pages(path: Path) -> None:
+    """Map a file and look at one byte of each page."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        for start in range(0, len(mapped), 64 * MIB):
+            bytes(memoryview(mapped)[start : start + 64 * MIB : _PAGE])
