@@ -155,7 +155,7 @@ def stage(backend: str, place: Path, registry: FakeRegistry, table: Table) -> It
     content, small = random.Random(7).randbytes(MODEL_BYTES), random.Random(8).randbytes(1 << 20)
     digest = registry.add_model("team/model", "v1", {"weights.bin": content}, indexed=True)
     small_digest = registry.add_model("team/small", "v1", {"small.bin": small}, indexed=True)
-    flags = [f"--fuse-backend={backend}", f"--read-deadline={READ_DEADLINE_S}"]
+    flags = [f"--fuse-backend={backend}", f"--read-deadline={READ_DEADLINE_S}", "--cache-min-free=0"]
     with ContainerNode(directory, {"supervisor": flags}) as node, Readers(directory / "readers") as readers:
         target, here = node.target("readers")
         reference = f"{registry.host}/team/model@{digest}"

@@ -26,7 +26,10 @@ def spare_node(backend: str, place: Path) -> Iterator[ContainerNode]:
     """A node of its own, for what ends its mounts."""
     directory = place / f"spare-{backend}"
     directory.mkdir()
-    flags = {"supervisor": [f"--fuse-backend={backend}"], "node": ["--metrics-address=127.0.0.1:9809"]}
+    flags = {
+        "supervisor": [f"--fuse-backend={backend}", "--cache-min-free=0"],
+        "node": ["--metrics-address=127.0.0.1:9809"],
+    }
     with ContainerNode(directory, flags) as node:
         yield node
 
