@@ -370,7 +370,8 @@ class Run:
         found = []
         for path in sorted((self.node.data_dir / "cache").rglob("*")):
             with contextlib.suppress(OSError):
-                if path.is_file() and path.stat().st_size >= 0:
+                being_made = any(part.startswith(".") for part in path.parts)  # the store writes it this instant
+                if path.is_file() and not being_made:
                     found.append(path)
         return found
 
