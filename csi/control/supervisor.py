@@ -95,9 +95,9 @@ class SupervisorClient:
         """Give a lease back. Unknown is fine."""
         self._call("release", timeout_s, target_path=target_path)
 
-    def reconcile(self, target_paths: list[str]) -> None:
-        """These leases are all we have."""
-        self._call("reconcile", target_paths=target_paths)
+    def reconcile(self, target_paths: list[str], before: float) -> None:
+        """These leases are all we have of those given `before` (CLOCK_MONOTONIC, seconds)."""
+        self._call("reconcile", target_paths=target_paths, before=before)
 
     def cache(self, verb: str, **fields: Any) -> dict[str, Any]:
         """What `modelmount cache` asks of the store. Hashing everything takes its time."""

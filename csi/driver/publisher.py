@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,14 +69,17 @@ class Publisher:
         self._keeper, self._supervisor = keeper, supervisor
         self._publications, self._pins = publications, pins
         self._boot_id = boot_id
+        self._started = time.monotonic()
         self._locks = NamedLocks("target")
         self._owed: set[str] = set()
         """Leases to give back as soon as the supervisor answers."""
 
     async def recover(self) -> None:
-        """After a start: tell the supervisor which leases are still ours."""
+        """After a start: tell the supervisor which leases of an earlier process are still ours. Ours may be of a publish that is
+        on its way.
+        """
         targets = [publication.target_path for publication in self._publications.all()]
-        await asyncio.to_thread(self._supervisor.reconcile, targets)
+        await asyncio.to_thread(self._supervisor.reconcile, targets, self._started)
 
     async def publish(self, request: PublishRequest) -> Publication:
         """Show the model at the target. The same request again is a no-op, or heals a dead mount.

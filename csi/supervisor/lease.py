@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,6 +43,8 @@ class Lease:
     """What the volume itself brought, without the node's own logins."""
     refused: str | None = None
     """What the registry said when it was last asked whether these credentials may still read the model."""
+    since: float = field(default_factory=time.monotonic)
+    """CLOCK_MONOTONIC in seconds, 0 for one that a supervisor before us gave."""
 
 
 @dataclass(frozen=True, slots=True)

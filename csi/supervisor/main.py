@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -344,7 +345,8 @@ async def _handle(supervisor: Supervisor, request: wire.Message, keyring: Keyrin
             await asyncio.shield(asyncio.create_task(supervisor.release(wire.field(request, "target_path", str))))
             return {}, []
         case "reconcile":
-            await supervisor.reconcile({str(path) for path in wire.field(request, "target_paths", list)})
+            targets = {str(path) for path in wire.field(request, "target_paths", list)}
+            await supervisor.reconcile(targets, float(request.get("before", math.inf)))
             return {}, []
         case "status":
             target_path = request.get("target_path")

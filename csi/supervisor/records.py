@@ -103,6 +103,7 @@ class MountRecord:
                     credentials=None,
                     service_account=lease["service_account"],
                     parents=tuple(Parent(Reference.parse(parent)) for parent in lease["parents"]),
+                    since=0.0,
                 )
                 for path, lease in given["leases"].items()
             },

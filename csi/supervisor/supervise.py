@@ -358,10 +358,14 @@ class Supervisor:
         if mount is not None:
             await self._end_lease(mount, target_path)
 
-    async def reconcile(self, target_paths: set[str]) -> None:
-        """End the leases of every target that is not in `target_paths`."""
+    async def reconcile(self, target_paths: set[str], before: float) -> None:
+        """End the leases of every target that is not in `target_paths`, if they are from `before` (CLOCK_MONOTONIC, seconds):
+        a later one is that of a publish which the node process is at.
+        """
         for mount in list(self._mounts.values()):
-            for target_path in set(mount.leases) - target_paths:
+            for target_path in [path for path, lease in mount.leases.items() if lease.since < before]:
+                if target_path in target_paths:
+                    continue
                 log.info("lease of %s ends: it is not published any more", target_path)
                 await self.release(target_path)
 

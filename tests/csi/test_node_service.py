@@ -19,6 +19,7 @@ from fakes.registry import MANIFEST_TYPE, FakeRegistry, Fault, model_manifest
 from registry_process import PASSWORD, USERNAME, RegistryProcess
 from support.node_process import COMMAND, NodeProcess, alive, children_of, mounts_below, publish_request
 
+from csi.control.supervisor import SupervisorClient
 from csi.wire import csi_pb2, registration_pb2, registration_pb2_grpc
 
 pytestmark = pytest.mark.fuse
@@ -533,3 +534,17 @@ def test_a_socket_path_that_is_too_long_is_said_at_the_start(tmp_path: Path) -> 
     done = subprocess.run([*command, "--data-dir", str(tmp_path / "d")], capture_output=True, text=True, timeout=30)
     assert done.returncode == 2
     assert "107" in done.stderr
+
+
+def test_a_node_process_that_starts_ends_leases_of_earlier_ones_only(modelmount_node: NodeProcess, model: str) -> None:
+    """One that is given while it recovers is of a publish which is on its way."""
+    supervisor = SupervisorClient(str(modelmount_node.state_dir))
+    started = time.monotonic()
+    target = modelmount_node.target()
+    modelmount_node.publish(model, target)
+    supervisor.reconcile([], started)
+    assert modelmount_node.status(), "given after the start"
+    assert (target / "config.json").read_bytes() == FILES["config.json"]
+    supervisor.reconcile([], time.monotonic())
+    assert modelmount_node.status() == [], "of an earlier process, and not known any more"
+    modelmount_node.unpublish(target)
