@@ -66,7 +66,6 @@ class NodeProcess:
                     "--all-in-one",
                     *("--endpoint", f"unix://{self.socket_path}", "--node-id", "test-node"),
                     *("--state-dir", str(self.state_dir), "--data-dir", str(self.data_dir)),
-                    "--cache-min-free=1",  # how full the machine's disk is must not decide a test
                     *(() if any("registration" in flag for flag in self._flags) else ("--no-registration",)),
                     # The machine may be nearly full; what a test wants of the floor it says.
                     *(() if any("min-free" in flag for flag in self._flags) else ("--cache-min-free=1",)),

@@ -29,7 +29,7 @@ READ_DEADLINE_S = 8
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The long form is `--kills 1000`."""
     group = parser.getgroup("survival")
-    group.addoption("--kills", type=int, default=30, help="random kills, over both backends (default 30)")
+    group.addoption("--kills", type=int, default=30, help="random kills, over all cases (default 30)")
     group.addoption("--seed", type=int, default=20, help="of the random kills (default 20)")
     group.addoption("--table", type=Path, default=ROOT / "survival.json", help="where the table goes, as JSON")
 
@@ -114,9 +114,19 @@ class Stage:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Everything on both backends, one after the other."""
+    """Everything on both backends, one after the other; kills also where the kernel reads what is complete by itself."""
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", ["raw", "pyfuse3"], scope="session")
+        kinds = ["raw", "pyfuse3"]
+        if metafunc.module.__name__.endswith("_kills"):
+            kinds.append("passthrough")
+        metafunc.parametrize("backend", kinds, scope="session")
+
+
+def supervisor_flags(backend: str) -> list[str]:
+    """`raw` and `pyfuse3`: every read is answered by the worker."""
+    if backend == "passthrough":
+        return ["--fuse-backend=raw", "--passthrough=auto", "--cache-min-free=0"]
+    return [f"--fuse-backend={backend}", "--passthrough=off", "--cache-min-free=0"]
 
 
 @pytest.fixture(scope="session")
@@ -155,7 +165,7 @@ def stage(backend: str, place: Path, registry: FakeRegistry, table: Table) -> It
     content, small = random.Random(7).randbytes(MODEL_BYTES), random.Random(8).randbytes(1 << 20)
     digest = registry.add_model("team/model", "v1", {"weights.bin": content}, indexed=True)
     small_digest = registry.add_model("team/small", "v1", {"small.bin": small}, indexed=True)
-    flags = [f"--fuse-backend={backend}", f"--read-deadline={READ_DEADLINE_S}", "--cache-min-free=0"]
+    flags = [*supervisor_flags(backend), f"--read-deadline={READ_DEADLINE_S}"]
     with ContainerNode(directory, {"supervisor": flags}) as node, Readers(directory / "readers") as readers:
         target, here = node.target("readers")
         reference = f"{registry.host}/team/model@{digest}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from fakes.registry import FakeRegistry, Fault
-from survival.conftest import READ_DEADLINE_S, Stage
+from survival.conftest import READ_DEADLINE_S, Stage, supervisor_flags
 from survival.node import ContainerNode
 from survival.readers import Seen
 from survival.table import Table
@@ -27,7 +27,7 @@ def spare_node(backend: str, place: Path) -> Iterator[ContainerNode]:
     directory = place / f"spare-{backend}"
     directory.mkdir()
     flags = {
-        "supervisor": [f"--fuse-backend={backend}", "--cache-min-free=0"],
+        "supervisor": supervisor_flags(backend),
         "node": ["--metrics-address=127.0.0.1:9809"],
     }
     with ContainerNode(directory, flags) as node:

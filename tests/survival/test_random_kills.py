@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.fuse, pytest.mark.survival, pytest.mark.timeout(7200)]
 
 
 def test_random_kills(stage: Stage, pytestconfig: pytest.Config) -> None:
-    """Half of them on each backend."""
-    kills, seed = pytestconfig.getoption("--kills") // 2, pytestconfig.getoption("--seed")
+    """A third of them in each case."""
+    kills, seed = pytestconfig.getoption("--kills") // 3, pytestconfig.getoption("--seed")
     chosen = random.Random(f"{seed} {stage.backend}")
     events = at_random(stage)
     done = []
