@@ -14,7 +14,7 @@ BENCH ?=
 SURVIVAL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help need-root setup demo test test-fuse test-model test-csi test-survival image e2e e2e-short e2e-figures e2e-external manifests docs bench lint fmt type proto proto-check check clean
+.PHONY: help need-root setup demo test test-fuse test-model test-csi conformance test-survival image e2e e2e-short e2e-figures e2e-external manifests docs bench lint fmt type proto proto-check check clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,8 +46,10 @@ test-model: need-root setup ## random plans of faults, kills and damage against 
 	@$(SUDO) env MODELMOUNT_MODEL_SEEDS=$(or $(SEEDS),1-40) MODELMOUNT_MODEL_STEPS=$(or $(STEPS),60) MODELMOUNT_MODEL_SHRINK=600 \
 	  $(BIN)/python -m pytest -s tests/fuse/test_reference_model.py
 
-test-csi: need-root setup .tools/csi-sanity ## the CSI service over its socket, and the csi-sanity conformance suite (root)
+test-csi: conformance ## the CSI service over its socket, and conformance (root)
 	@$(SUDO) $(BIN)/python -m pytest tests/csi
+
+conformance: need-root setup .tools/csi-sanity ## the csi-sanity suite against the driver, node and controller together and apart (root)
 	@$(SUDO) $(BIN)/python tests/csi/sanity.py .tools/csi-sanity
 
 test-survival: need-root setup ## readers while keeper, supervisor, node and their children are killed, in containers (root)
@@ -113,7 +115,7 @@ proto: setup ## generate csi/wire from proto/
 proto-check: setup ## fail when csi/wire is stale
 	@$(BIN)/python proto/generate.py --check
 
-check: lint type proto-check test test-csi demo ## exactly what CI runs
+check: lint type proto-check test conformance demo ## what CI runs before the image, the survival suite and the cluster
 
 clean: ## remove what this Makefile made
 	@rm -rf $(VENV) .tools .demo .bench bench.json bench.md survival.json build *.egg-info .mypy_cache .ruff_cache .hypothesis
