@@ -78,6 +78,7 @@ else
 	@tests/e2e/build-kubernetes .tools/k8s
 	@$(MAKE) -s image
 	@$(SUDO) tests/e2e/build-other .tools/image .tools/other $(HELM)
+	@PYTHONPATH=deploy/demo $(BIN)/python -c 'import pathlib, registry_process as r; r.find_or_install_registry(pathlib.Path(".tools"))'
 	@$(SUDO) unshare -m -n sh -c 'mount --make-rshared / && exec $(BIN)/python -m pytest tests/e2e $(E2E)'
 endif
 

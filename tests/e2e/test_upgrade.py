@@ -76,9 +76,6 @@ def test_node_and_keeper_are_upgraded_and_rolled_back_while_a_pod_reads(
     )
 
 
-@pytest.mark.skip(
-    reason="not yet run: a supervisor ends its mounts when it is stopped; no hand-over to a successor yet"
-)
 def test_everything_is_upgraded_and_rolled_back_while_a_pod_reads(
     cluster: KubernetesApi, release: Helm, values: dict[str, Any], other: Version, model: Model
 ) -> None:
