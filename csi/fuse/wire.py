@@ -14,9 +14,7 @@ OUT_HEADER = struct.Struct("<IiQ")  # len error unique
 READ_IN = struct.Struct("<QQIIQII")  # fh offset size read_flags lock_owner flags padding; READDIRPLUS too
 OPEN_IN = struct.Struct("<II")  # flags open_flags
 RELEASE_IN = struct.Struct("<QIIQ")  # fh flags release_flags lock_owner
-INTERRUPT_IN = struct.Struct("<Q")  # unique
 _ATTR = "QQQQQQIIIIIIIIII"  # ino size blocks atime mtime ctime *nsec mode nlink uid gid rdev blksize flags
-ATTR = struct.Struct("<" + _ATTR)
 ENTRY_OUT = struct.Struct("<QQQQII" + _ATTR)  # nodeid generation entry_valid attr_valid *nsec attr
 ATTR_OUT = struct.Struct("<QII" + _ATTR)  # attr_valid nsec dummy attr
 OPEN_OUT = struct.Struct("<QIi")  # fh open_flags backing_id
@@ -25,8 +23,6 @@ DIRENT = struct.Struct("<QQII")  # ino off namelen type; the name follows, padde
 
 RESEND_BIT = 1 << 63
 """Set in the `unique` of a request that RESEND made the kernel give out again."""
-INTERRUPT_BIT = 1
-"""Set in the `unique` of an INTERRUPT; every other request's is even."""
 
 
 class Opcode(IntEnum):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from csi.errors import UnsupportedModelError
-from csi.oci.descriptor import Descriptor
 from csi.oci.digest import Digest
 from csi.oci.manifest import Index, IndexEntry, Manifest, attachment_refused, parse
 
@@ -60,14 +59,6 @@ def chosen(root: _Sent, selector: str, fetch: Callable[[Digest], _Sent]) -> tupl
 def platform_of(system: str, machine: str) -> str:
     """`Linux`, `x86_64` (as uname says) → `linux/amd64`, as indexes say."""
     return f"{system.lower()}/{_ARCHITECTURES.get(machine, machine)}"
-
-
-def pick_variant(data: bytes, selector: str = "", platform: str = "linux/amd64") -> Descriptor:
-    """As `pick`, from the bytes of an index. Raises: as `pick` and `csi.oci.manifest.parse`."""
-    index = parse(data)
-    if not isinstance(index, Index):
-        raise UnsupportedModelError("manifest: a single model, not an index; leave out 'variant'")
-    return pick(index, selector, platform).descriptor
 
 
 def pick(index: Index, selector: str, platform: str) -> IndexEntry:

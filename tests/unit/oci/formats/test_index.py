@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from csi.errors import ContentError, UnsupportedModelError
 from csi.oci.digest import Digest
-from csi.oci.formats.index import pick_variant, platform_of
+from csi.oci.formats.index import chosen, pick, platform_of
 from csi.oci.manifest import DOCKER_LIST, OCI_INDEX, OCI_MANIFEST, Index, parse
 
 MODELPACK = "application/vnd.cncf.model.manifest.v1+json"
@@ -35,12 +36,14 @@ def index(*entries: dict[str, Any], **more: Any) -> bytes:
 
 
 def picked(data: bytes, selector: str = "", platform: str = "linux/amd64") -> Digest:
-    return pick_variant(data, selector, platform).digest
+    parsed = parse(data)
+    assert isinstance(parsed, Index)
+    return pick(parsed, selector, platform).descriptor.digest
 
 
 def undecided(data: bytes, selector: str = "", platform: str = "linux/amd64") -> str:
     with pytest.raises(UnsupportedModelError) as caught:
-        pick_variant(data, selector, platform)
+        picked(data, selector, platform)
     return str(caught.value)
 
 
@@ -115,7 +118,9 @@ def test_half_a_platform_is_none() -> None:
 
 def test_a_manifest_has_no_variants() -> None:
     single = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": Q4, "layers": []}
-    assert "leave out 'variant'" in undecided(json.dumps(single).encode())
+    sent = SimpleNamespace(data=json.dumps(single).encode(), media_type=OCI_MANIFEST)
+    with pytest.raises(UnsupportedModelError, match="leave out 'variant'"):
+        chosen(sent, "q8", lambda digest: pytest.fail(f"asked for {digest}"))
 
 
 def test_platforms_as_uname_says_them() -> None:
