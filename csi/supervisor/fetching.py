@@ -22,6 +22,7 @@ from csi.errors import ControlError, InvalidVolumeError, ModelMountError
 from csi.oci.reference import Reference
 from csi.supervisor.area import open_area
 from csi.supervisor.child import Child, ChildPool, adopted
+from csi.supervisor.half import Half
 from csi.supervisor.kept import KeptMounts
 from csi.supervisor.lease import Source
 from csi.supervisor.passing import PassThrough
@@ -40,7 +41,7 @@ _LONGEST_DELAY_S = 10.0
 _SLOT = "fetcher"
 
 
-class Fetching:
+class Fetching(Half):
     """Of one mount. `sources` says where bytes may come from at any time; `event` remembers what people should know.
 
     `on_replaced` is awaited when another fetcher serves the mount; the worker needs a channel to it then.
@@ -57,19 +58,14 @@ class Fetching:
         event: Callable[[str, str], None],
         on_replaced: Callable[[], Awaitable[None]],
     ) -> None:
+        super().__init__()
         self._key, self._name = key, key.mount_id[:8]
         self._keeper, self._pool, self._store, self._settings = keeper, pool, store, settings
         self._sources, self._event, self._on_replaced = sources, event, on_replaced
         self._asides: set[asyncio.Task[None]] = set()
-        self._watcher: asyncio.Task[None] | None = None
-        self._stopping = False
-        self._changing = asyncio.Lock()
         self._next: Child | None = None
         self._layout_fd = -1
         self.area_fd = -1
-        self._child: Child | None = None
-        self.pid: int | None = None
-        """Of the one that serves, or served last."""
         self.filling = False
         """The whole model is wanted, not only what is read."""
         self.index = "none"
@@ -79,17 +75,6 @@ class Fetching:
         self.passing: PassThrough | None = None
         self.restarts = 0
         self.jail: dict[str, Any] = {}
-
-    @property
-    def child(self) -> Child | None:
-        """The one that serves; None while it is being replaced."""
-        return self._child
-
-    @child.setter
-    def child(self, child: Child | None) -> None:
-        self._child = child
-        if child is not None:
-            self.pid = child.pid
 
     def open(self, reference: Reference) -> None:
         """Open the mount's cache area, and the layout it is read from. Raises: OSError."""
@@ -155,29 +140,6 @@ class Fetching:
     def is_stranger(self, reference: Reference) -> bool:
         """Whether that registry has yet to show it."""
         return self._key.origin is None and reference.origin not in self.proven
-
-    def watch(self) -> None:
-        """From now on there is a fetcher: another one when it dies."""
-        self._watcher = asyncio.create_task(self._watch())
-
-    def pause(self) -> None:
-        """Do nothing for now: another supervisor takes over."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-        if self.child is not None:
-            self.child.pause()
-
-    def resume(self) -> None:
-        """It did not."""
-        if self.child is not None:
-            self.child.listen()
-        self.watch()
-
-    def let_go(self) -> None:
-        """It has taken over."""
-        if self.child is not None:
-            self.child.let_go()
-        self._close_area()
 
     async def prepare_next(self) -> None:
         """Start a fetcher of our own beside one that an earlier supervisor started. Raises: as `start`."""
@@ -279,14 +241,13 @@ class Fetching:
     async def stop(self) -> None:
         """End the fetcher, and let go of the area. Idempotent."""
         self._stopping = True
-        if self._watcher is not None:
-            self._watcher.cancel()
+        self._end_watch()
         if self.child is not None:
             await self.child.stop()
         self.child = None
-        self._close_area()
+        self._close()
 
-    def _close_area(self) -> None:
+    def _close(self) -> None:
         wire.close_all([fd for fd in (self.area_fd, self._layout_fd) if fd >= 0])
         self.area_fd = self._layout_fd = -1
 

@@ -25,6 +25,7 @@ from csi.errors import ControlError, ModelMountError
 from csi.fuse.handshake import RESEND_MESSAGE, BackendName
 from csi.fuse.refusal import refuse_waiting
 from csi.supervisor.child import Child, ChildPool, adopted
+from csi.supervisor.half import Half
 from csi.supervisor.kept import KeptMounts
 from csi.supervisor.passing import PassThrough
 from csi.supervisor.settings import SupervisorSettings
@@ -47,7 +48,7 @@ _LONGEST_DELAY_S = 5.0
 _SLOT = "worker"
 
 
-class Serving:
+class Serving(Half):
     """Of one mount. `channel` makes a channel to its fetcher, `event` remembers what people should know. `recheck`: what was
     read of archives before the mount was not verified then.
     """
@@ -62,20 +63,15 @@ class Serving:
         *,
         recheck: bool,
     ) -> None:
+        super().__init__()
         self._recheck = recheck
         self._keeper, self._pool, self._settings = keeper, pool, settings
         self._channel, self._event = channel, event
         self._fuse_fd = self._table_fd = self._tree_fd = self._area_fd = -1
         self._init = b""
-        self._watcher: asyncio.Task[None] | None = None
-        self._changing = asyncio.Lock()
-        self._stopping = False
         self._name = ""
         self._unserved_since: float | None = None
         self._quick_deaths = 0
-        self._child: Child | None = None
-        self.pid: int | None = None
-        """Of the one that serves, or served last."""
         self.kept: KeptMount | None = None
         self.dead = False
         """The connection has ended; only a new mount helps."""
@@ -84,17 +80,6 @@ class Serving:
         self.jail: dict[str, Any] = {}
         self.longest_pause_s = 0.0
         """Of all replacements: from the end of one worker to the first answer of the next."""
-
-    @property
-    def child(self) -> Child | None:
-        """The one that serves; None while it is being replaced."""
-        return self._child
-
-    @child.setter
-    def child(self, child: Child | None) -> None:
-        self._child = child
-        if child is not None:
-            self.pid = child.pid
 
     def connect(self, collected: CollectedMount, tree_fd: int, area_fd: int) -> None:
         """Take the connection over, not the other two. Nothing is asked of it yet."""
@@ -113,29 +98,6 @@ class Serving:
     async def adopt(self, slot: KeptSlot | None) -> None:
         """Go on with the worker of a supervisor before us, where it lives and serves."""
         self.child = await adopted("worker", slot)
-
-    def watch(self) -> None:
-        """From now on a worker serves: another one when it dies or hangs."""
-        self._watcher = asyncio.create_task(self._watch())
-
-    def pause(self) -> None:
-        """Do nothing for now: another supervisor takes over. The worker serves on."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-        if self.child is not None:
-            self.child.pause()
-
-    def resume(self) -> None:
-        """It did not."""
-        if self.child is not None:
-            self.child.listen()
-        self.watch()
-
-    def let_go(self) -> None:
-        """It has taken over."""
-        if self.child is not None:
-            self.child.let_go()
-        self._close()
 
     async def renew(self, between: Callable[[], Awaitable[None]]) -> None:
         """Replace a worker that serves well by one of ours. `between` is awaited when nobody serves.
@@ -177,8 +139,7 @@ class Serving:
     async def release(self) -> None:
         """Reads that wait for the network fail now. Before the mount is ended: a process in such a read cannot be killed."""
         self._stopping = True
-        if self._watcher is not None:
-            self._watcher.cancel()
+        self._end_watch()
         if self.child is not None and self.child.alive:
             with contextlib.suppress(ModelMountError):
                 await self.child.call("release", 1.0)
