@@ -77,7 +77,7 @@ else
 	@$(SUDO) tests/e2e/install-packages
 	@tests/e2e/build-kubernetes .tools/k8s
 	@$(MAKE) -s image
-	@$(SUDO) tests/e2e/build-other .tools/image .tools/other $(HELM)
+	@$(SUDO) tests/e2e/build-other .tools/image .tools/other $(CURDIR)/.tools/k8s/helm
 	@PYTHONPATH=deploy/demo $(BIN)/python -c 'import pathlib, registry_process as r; r.find_or_install_registry(pathlib.Path(".tools"))'
 	@$(SUDO) unshare -m -n sh -c 'mount --make-rshared / && exec $(BIN)/python -m pytest tests/e2e $(E2E)'
 endif
