@@ -16,6 +16,7 @@ from fakes.registry import FakeRegistry, Fault
 from survival.containers import ROOT, RUNC, TINI
 from survival.node import ContainerNode
 from survival.readers import Readers, Seen
+from survival.releases import on_an_old_kernel
 from survival.table import Table
 
 from csi.control.supervisor import is_verified
@@ -31,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("survival")
     group.addoption("--kills", type=int, default=30, help="random kills, over all cases (default 30)")
     group.addoption("--seed", type=int, default=20, help="of the random kills (default 20)")
+    group.addoption("--old-kernel", action="store_true", help="every event without RESEND too (default: some)")
     group.addoption("--table", type=Path, default=ROOT / "survival.json", help="where the table goes, as JSON")
 
 
@@ -117,15 +119,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Everything on both backends, one after the other; kills also where the kernel reads what is complete by itself."""
     if "backend" in metafunc.fixturenames:
         kinds = ["raw", "pyfuse3"]
+        if metafunc.definition.get_closest_marker("old_kernel") or metafunc.config.getoption("--old-kernel"):
+            kinds.append(OLD_KERNEL)
         if metafunc.module.__name__.endswith("_kills"):
             kinds.append("passthrough")
         metafunc.parametrize("backend", kinds, scope="session")
+
+
+OLD_KERNEL = "no-resend"
+"""The raw backend as on a kernel before 6.9, which nobody can ask to give requests out again."""
 
 
 def supervisor_flags(backend: str) -> list[str]:
     """`raw` and `pyfuse3`: every read is answered by the worker."""
     if backend == "passthrough":
         return ["--fuse-backend=raw", "--passthrough=auto", "--cache-min-free=0"]
+    backend = "raw" if backend == OLD_KERNEL else backend
     return [f"--fuse-backend={backend}", "--passthrough=off", "--cache-min-free=0"]
 
 
@@ -166,10 +175,12 @@ def stage(backend: str, place: Path, registry: FakeRegistry, table: Table) -> It
     digest = registry.add_model("team/model", "v1", {"weights.bin": content}, indexed=True)
     small_digest = registry.add_model("team/small", "v1", {"small.bin": small}, indexed=True)
     flags = [*supervisor_flags(backend), f"--read-deadline={READ_DEADLINE_S}"]
-    with ContainerNode(directory, {"supervisor": flags}) as node, Readers(directory / "readers") as readers:
+    checkouts = {"keeper": on_an_old_kernel(directory)} if backend == OLD_KERNEL else {}
+    with ContainerNode(directory, {"supervisor": flags}, checkouts) as node, Readers(directory / "readers") as readers:
         target, here = node.target("readers")
         reference = f"{registry.host}/team/model@{digest}"
         node.publish(reference, target, "vol-readers")
+        assert node.status(target)["can_resend"] or backend == OLD_KERNEL
         node.wait_until("the model to be complete", lambda: is_verified(node.status(target)))
         expected = directory / "readers" / "expected.bin"
         expected.write_bytes(content)

@@ -24,19 +24,24 @@ _UP_TIMEOUT_S = 40.0
 
 
 class ContainerNode:
-    """Use as a context manager. `flags` are further arguments by component.
+    """Use as a context manager. By component: `flags` are further arguments, `checkouts` what it runs instead of this one.
 
     Paths in calls are those inside the containers, below /var/lib/kubelet; `target.host` says where it is here.
     """
 
-    def __init__(self, directory: Path, flags: Mapping[str, Sequence[str]] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        flags: Mapping[str, Sequence[str]] | None = None,
+        checkouts: Mapping[str, Path] | None = None,
+    ) -> None:
         self.directory = directory
         self.kubelet_dir, self.state_dir = directory / "kubelet", directory / "run"
         self.data_dir = directory / "data"
         for path in (self.state_dir, self.data_dir, self.kubelet_dir / "pods", self.kubelet_dir / "plugins_registry"):
             path.mkdir(parents=True)
         (self.kubelet_dir / "plugins" / "csi.modelmount.dev").mkdir(parents=True)
-        self._flags = flags or {}
+        self._flags, self._checkouts = flags or {}, checkouts or {}
         self._containers: dict[str, Container] = {}
         self._generation = 0
         self._published: dict[str, dict[str, Any]] = {}
@@ -58,13 +63,13 @@ class ContainerNode:
                 self._containers[component].kill()
         unmount_below(self.directory)
 
-    def start(self, component: str, *, checkout: Path = ROOT) -> Container:
+    def start(self, component: str, *, checkout: Path | None = None) -> Container:
         """A new container of that component, up when it answers; the one before it is forgotten, not stopped."""
         container = self.start_beside(component, checkout=checkout)
         self.wait_until(f"the {component} to answer", lambda: self.answers(component))
         return container
 
-    def start_beside(self, component: str, *, checkout: Path = ROOT) -> Container:
+    def start_beside(self, component: str, *, checkout: Path | None = None) -> Container:
         """The same without waiting for its answer: while the one before it still runs, it may be that one's."""
         self._generation += 1
         host_paths = {
@@ -74,7 +79,10 @@ class ContainerNode:
             _PLUGIN_DIR: self.kubelet_dir / "plugins" / "csi.modelmount.dev",
             f"{KUBELET_DIR}/plugins_registry": self.kubelet_dir / "plugins_registry",
         }
-        spec = modelmount(daemon_set(component, host_paths, checkout), *self._flags.get(component, ()))
+        spec = modelmount(
+            daemon_set(component, host_paths, checkout or self._checkouts.get(component, ROOT)),
+            *self._flags.get(component, ()),
+        )
         container = Container(f"{component}-{self._generation}", spec, self.directory)
         container.start()
         self._containers[component] = container
@@ -83,6 +91,10 @@ class ContainerNode:
     def container(self, component: str) -> Container:
         """The newest of that component."""
         return self._containers[component]
+
+    def use(self, component: str, container: Container) -> None:
+        """That one is the newest again: the one after it was taken back."""
+        self._containers[component] = container
 
     def kill(self, component: str) -> None:
         """SIGKILL to everything in its container."""

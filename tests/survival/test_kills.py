@@ -36,6 +36,7 @@ def test_a_child_is_killed(stage: Stage, role: str) -> None:
         kill(stage, role)
 
 
+@pytest.mark.old_kernel
 def test_the_worker_is_killed_again_and_again(stage: Stage) -> None:
     """Faster than spares are made ready."""
     with stage.event("SIGKILL worker, three in a row"):
@@ -50,6 +51,7 @@ def test_the_fetcher_is_killed_while_it_is_needed(stage: Stage) -> None:
             kill_of(stage, "fetcher", cold.target)
 
 
+@pytest.mark.old_kernel
 def test_the_worker_is_killed_while_reads_wait_for_the_registry(stage: Stage) -> None:
     with stage.cold_model("cold-worker") as cold, stage.event("SIGKILL worker, nothing cached", readers=cold.readers):
         for _ in range(3):

@@ -12,8 +12,9 @@ from survival.events import at_random
 pytestmark = [pytest.mark.fuse, pytest.mark.survival, pytest.mark.timeout(7200)]
 
 
+@pytest.mark.old_kernel
 def test_random_kills(stage: Stage, pytestconfig: pytest.Config) -> None:
-    """A third of them in each case."""
+    """A third of them in each case; as many again without RESEND."""
     kills, seed = pytestconfig.getoption("--kills") // 3, pytestconfig.getoption("--seed")
     chosen = random.Random(f"{seed} {stage.backend}")
     events = at_random(stage)

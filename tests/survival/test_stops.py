@@ -61,6 +61,7 @@ def test_a_child_outgrows_its_budget(stage: Stage, role: str) -> None:
     kill(stage, role)  # one that could do without more is not left crippled
 
 
+@pytest.mark.old_kernel
 def test_readers_are_killed_between_any_two_steps(stage: Stage) -> None:
     """cat, ls and stat on the very mount; each is gone at once, and the others read on."""
     chosen = random.Random(3)
@@ -80,6 +81,7 @@ def test_readers_are_killed_between_any_two_steps(stage: Stage) -> None:
             victim.wait(20)
 
 
+@pytest.mark.old_kernel
 def test_readers_are_killed_while_the_worker_stands_still(stage: Stage) -> None:
     """Their requests are in its hands, or wait for it; it must not answer the wrong ones afterwards."""
     path = stage.here / "weights.bin"
