@@ -14,6 +14,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -23,6 +24,7 @@ from support.containers import Container, VolumeMount
 from support.machine import Machine
 from support.node_process import COMMAND, NodeProcess, process_of
 
+from csi.cache.format import CHECKED_NAME, HASHES_NAME
 from csi.wire import csi_pb2
 
 pytestmark = pytest.mark.fuse
@@ -377,6 +379,12 @@ def test_an_unpublish_is_repeated_until_the_keeper_is_back(own_machine: Machine,
     assert own_machine.mounts() == []
 
 
+def is_durable(data_dir: Path) -> bool:
+    """Whether every blob of every mount is proven and will be believed at the next boot: its block hashes are on disk."""
+    blobs = list(data_dir.glob("cache/v*/*/mounts/*/sha256-*"))
+    return bool(blobs) and all(any((blob / name).exists() for name in (CHECKED_NAME, HASHES_NAME)) for blob in blobs)
+
+
 @pytest.mark.parametrize("run_is_tmpfs", [True, False])
 def test_after_a_reboot_pods_get_the_same_bytes_though_the_tag_moved_and_the_registry_is_gone(
     own_machine: Machine, run_is_tmpfs: bool
@@ -391,7 +399,7 @@ def test_after_a_reboot_pods_get_the_same_bytes_though_the_tag_moved_and_the_reg
         )
         kubelet.run(stays, goes)
         assert shows(kubelet, stays) == FILES["weights/model.safetensors"]
-        eventually(lambda: all(one["state"] == "verified" for one in own_machine.node.status()[0]["progress"]["blobs"]))
+        eventually(lambda: is_durable(own_machine.node.data_dir))
         registry.add_model("team/model", "prod", {"weights/model.safetensors": b"another version"})
         own_machine.switch_off(run_is_tmpfs=run_is_tmpfs)
         assert own_machine.mounts() == []

@@ -118,7 +118,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-_NGINX = """daemon off; worker_processes 1; pid {directory}/pid; error_log {directory}/error.log;
+_NGINX = """daemon off; user root; worker_processes 1; pid {directory}/pid; error_log {directory}/error.log;
 events {{}}
 http {{
   access_log off; client_body_temp_path {directory}; proxy_temp_path {directory}; fastcgi_temp_path {directory};
