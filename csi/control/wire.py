@@ -118,7 +118,7 @@ def close_all(fds: Sequence[int]) -> None:
             continue
 
 
-def memfd(name: str, content: bytes) -> int:
+def memfd(name: str, content: bytes | bytearray) -> int:
     """A sealed anonymous file with `content`; whoever receives it cannot be shown other bytes later."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:

@@ -17,16 +17,14 @@ What is stored here nobody but a worker of the same mount reads, and it checks i
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from csi.boot import this_boot
 from csi.cache import format as fmt
 from csi.cache.allowance import Allowance
 from csi.cache.blob import BlobWriter, make_directory
@@ -40,9 +38,11 @@ from csi.errors import (
     RegistryError,
     SizeMismatchError,
 )
+from csi.fetcher.answers import Answers
 from csi.fetcher.engine import EngineSettings, FetchEngine
+from csi.fetcher.opening import open_blobs, read_specs
 from csi.fetcher.origins import Origins
-from csi.integrity.index import BlobHashes, BlockIndex
+from csi.integrity.index import BlockIndex
 from csi.oci.digest import Digest
 from csi.stream.scheduler import Priority
 from csi.tree.model import BlobSpec
@@ -51,7 +51,6 @@ log = logging.getLogger(__name__)
 
 _MAX_RANGE_BYTES = 16 * 1024 * 1024
 _MAX_INDEX_BYTES = 4 * 1024 * 1024 * 1024
-_MAX_SPECS_BYTES = 16 * 1024 * 1024
 _PARALLEL_RANGES = 8
 _PATIENCE_S = 30.0  # with a registry that answers badly; then the worker gives up, and the publish is tried again
 _FIRST_DELAY_S = 0.2
@@ -76,7 +75,7 @@ class BuildService:
         self._channel, self._origins, self._area_fd = channel, origins, area_fd
         self._settings, self._index, self._on_wrong = settings, index, on_wrong
         self._allowance = allowance
-        self._send_lock = threading.Lock()
+        self._answers = Answers(channel, "the build's worker")
         self._pool = ThreadPoolExecutor(_PARALLEL_RANGES, thread_name_prefix="range")
         self._specs: list[BlobSpec] = []
         self._writers: list[BlobWriter] = []
@@ -115,72 +114,43 @@ class BuildService:
             self._channel.close()
 
     def _handle(self, request: wire.Message, fds: list[int]) -> None:
-        try:
+        with self._answers.failures_of(request):
             match request.get("op"):
                 case "fetch":
                     self._start_engine(wire.exactly(fds, 1)[0])
-                    self._reply(wire.ok(request))
+                    self._answers.ok(request)
                 case "range":
-                    self._pool.submit(self._in_pool, self._range, request)
+                    self._pool.submit(self._answered, self._range, request)
                 case "whole":
-                    self._pool.submit(self._in_pool, self._whole, request)
+                    self._pool.submit(self._answered, self._whole, request)
                 case "verified":
-                    threading.Thread(target=self._in_pool, args=(self._verified, request), daemon=True).start()
+                    threading.Thread(target=self._answered, args=(self._verified, request), daemon=True).start()
                 case "block":
                     self._block(request)
                 case "spool":
                     self._spool(request)
                 case "room":
                     self._allowance.take(wire.field(request, "size_bytes", int))
-                    self._reply(wire.ok(request))
+                    self._answers.ok(request)
                 case "keep":
                     self._keep(request, wire.exactly(fds, 1)[0])
                 case other:
                     wire.close_all(fds)
                     raise ControlError(f"fetcher: unknown build operation {other!r}")
-        except ModelMountError as exc:
-            self._reply(wire.failed(request, exc))
-        except Exception as exc:
-            log.exception("build: %s failed by a bug", request.get("op"))
-            self._reply(wire.failed(request, exc))
 
-    def _in_pool(self, work: Callable[[wire.Message], None], request: wire.Message) -> None:
-        try:
+    def _answered(self, work: Callable[[wire.Message], None], request: wire.Message) -> None:
+        with self._answers.failures_of(request):
             work(request)
-        except ModelMountError as exc:
-            self._reply(wire.failed(request, exc))
-        except Exception as exc:
-            log.exception("build: %s failed by a bug", request.get("op"))
-            self._reply(wire.failed(request, exc))
 
     def _start_engine(self, specs_fd: int) -> None:
-        try:
-            listed = blob_specs(wire.read_all(specs_fd, _MAX_SPECS_BYTES, "blob list"))
-        finally:
-            os.close(specs_fd)
+        listed = read_specs(specs_fd)
         if self._engine is not None:
             raise ControlError("fetcher: the build's blobs are being fetched already")
         self._specs = listed
-        hashes: list[BlobHashes | None] = [None] * len(self._specs)
-        if self._index is not None:
-            if missing := [spec.digest.short() for spec in self._specs if spec.digest not in self._index]:
-                raise ControlError(f"fetcher: the worker asks for {missing[0]}, which the block index does not have")
-            hashes = [self._index[spec.digest] for spec in self._specs]
-        boot_id = this_boot()
-        self._writers = [
-            BlobWriter.open(
-                self._area_fd,
-                spec.digest,
-                spec.size_bytes,
-                boot_id,
-                recheck=self._index is not None,
-                allowance=self._allowance,
-            )
-            for spec in self._specs
-        ]
-        for position, (spec, writer) in enumerate(zip(self._specs, self._writers, strict=True)):
-            if hashes[position] is None and writer.hashes is not None:
-                hashes[position] = BlobHashes(spec.digest, spec.size_bytes, writer.hashes)
+        opened = open_blobs(self._area_fd, listed, self._index, self._allowance)
+        if opened.trouble is not None:  # what the worker reads it reads from the cache
+            raise opened.trouble
+        self._writers = opened.writers
         self._engine = FetchEngine(
             self._origins().for_blobs(self._specs),
             self._specs,
@@ -189,7 +159,7 @@ class BuildService:
             on_block=lambda blob, block: self._answer_block(blob, block, None),
             on_failed=self._answer_block,
             on_wrong=self._on_wrong,
-            hashes=hashes,
+            hashes=opened.hashes,
         )
         self._engine.start()
 
@@ -206,7 +176,7 @@ class BuildService:
             raise ControlError("fetcher: with 'verify: chunk' only verified blocks are read")
         if not (offset >= 0 and 0 < length <= _MAX_RANGE_BYTES and offset + length <= spec.size_bytes):
             raise ControlError(f"fetcher: range {offset}+{length} of a blob of {spec.size_bytes} bytes")
-        self._reply_bytes(request, self._fetch(spec, offset, length))
+        self._answers.ok_with(request, "range", self._fetch(spec, offset, length))
 
     def _whole(self, request: wire.Message) -> None:
         spec = _spec(request)
@@ -216,7 +186,7 @@ class BuildService:
             )
         data = self._fetch(spec, 0, spec.size_bytes) if spec.size_bytes else bytearray()
         _check_whole(spec, data)
-        self._reply_bytes(request, data)
+        self._answers.ok_with(request, "range", data)
 
     def _fetch(self, spec: BlobSpec, offset: int, length: int) -> bytearray:
         """Raises: the last error, when it is final or none of the sources has delivered for `_PATIENCE_S`; for a whole blob
@@ -274,18 +244,18 @@ class BuildService:
         with self._lock:
             requests = self._waiting.pop((blob, block), ())
         for request in requests:
-            self._reply(wire.failed(request, error) if error is not None else wire.ok(request))
+            self._answers.say(wire.failed(request, error) if error is not None else wire.ok(request))
 
     def _verified(self, request: wire.Message) -> None:
         """Polled: the state is one byte in memory, and a layer is read but once."""
         blob = self._position(request)
         writer = self._writers[blob]
         if self._index is not None or writer.hashes is not None:  # every block was checked before it was read
-            self._reply(wire.ok(request))
+            self._answers.ok(request)
             return
         while self._channel.fileno() >= 0:
             if writer.state is BlobState.VERIFIED:
-                self._reply(wire.ok(request))
+                self._answers.ok(request)
                 return
             if writer.state is BlobState.POISONED:
                 raise self._poisoned(blob)
@@ -312,7 +282,7 @@ class BuildService:
             raise CacheError(f"a spool file cannot be made in the cache: {exc.strerror}") from exc
         self._spools[digest] = path
         try:
-            self._reply(wire.ok(request), [spool_fd])
+            self._answers.ok(request, [spool_fd])
         finally:
             os.close(spool_fd)
 
@@ -332,26 +302,7 @@ class BuildService:
             raise CacheError(f"a layer's index cannot be kept: {exc.strerror}") from exc
         finally:
             os.close(index_fd)
-        self._reply(wire.ok(request))
-
-    def _reply_bytes(self, request: wire.Message, data: bytearray) -> None:
-        data_fd = wire.memfd("range", bytes(data))
-        try:
-            self._reply(wire.ok(request), [data_fd])
-        finally:
-            os.close(data_fd)
-
-    def _reply(self, message: wire.Message, fds: Sequence[int] = ()) -> None:
-        with self._send_lock:
-            try:
-                wire.send(self._channel, message, fds)
-            except OSError as exc:
-                log.debug("the build's worker is gone: %s", exc)
-
-
-def blob_specs(data: bytes) -> list[BlobSpec]:
-    """From a worker's JSON [[digest, size, origin], …]. Raises: InvalidVolumeError, ValueError."""
-    return [BlobSpec(Digest.parse(digest), int(size), origin=str(origin)) for digest, size, origin in json.loads(data)]
+        self._answers.ok(request)
 
 
 def _check_whole(spec: BlobSpec, data: bytearray) -> None:
