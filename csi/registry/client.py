@@ -44,7 +44,6 @@ _MAX_ERROR_BODY = 8192
 _MAX_REFERRERS = 16  # of one kind: more is somebody's attempt to keep us busy
 _NO_REFERRERS_API = (400, 404, 405, 501)
 _MAX_SKIP_BYTES = 1024 * 1024
-_LEAST_BYTES_PER_S = 1024  # less for the whole of a stall timeout counts as a stall; a guess, not measured
 _Answer = TypeVar("_Answer")
 
 log = logging.getLogger(__name__)
@@ -288,13 +287,11 @@ class _HttpRangeReader:
     def __init__(self, response: Response, subject: str, digest: Digest, length: int, endpoint: Endpoint) -> None:
         self._response, self._subject, self._left, self._endpoint = response, subject, length, endpoint
         self._digest = digest
-        self._waited_s, self._waited_bytes = 0.0, 0
 
     def readinto(self, buffer: memoryview) -> None:
         wanted = len(buffer)
         try:
             while buffer:
-                started = time.monotonic()
                 count = self._response.readinto(buffer)
                 if count == 0:
                     raise RegistryUnavailableError(
@@ -302,27 +299,15 @@ class _HttpRangeReader:
                     )
                 self._left -= count
                 buffer = buffer[count:]
-                self._check_rate(time.monotonic() - started, count)
         except RegistryUnavailableError as exc:
             self._endpoint.failed(exc)
             raise
         except TimeoutError as exc:
-            raise self._broken(f"stalled, {self._left} bytes before the end") from exc
+            raise self._broken(f"stalled, {self._left} bytes before the end: {exc}") from exc
         except (OSError, http.client.HTTPException, ValueError) as exc:
             raise self._broken(
                 f"the connection broke {self._left} of {wanted} bytes early ({type(exc).__name__})"
             ) from exc
-
-    def _check_rate(self, waited_s: float, count: int) -> None:
-        """A host that sends a byte now and then is as good as one that sends none."""
-        self._waited_s += waited_s
-        self._waited_bytes += count
-        if self._waited_s > self._response.stall_timeout_s:
-            if self._waited_bytes < _LEAST_BYTES_PER_S * self._waited_s:
-                raise RegistryUnavailableError(
-                    f"{self._subject}: stalled: {self._waited_bytes} bytes in {self._waited_s:.0f} s"
-                )
-            self._waited_s, self._waited_bytes = 0.0, 0
 
     def _broken(self, problem: str) -> RegistryUnavailableError:
         error = RegistryUnavailableError(f"{self._subject}: {problem}")

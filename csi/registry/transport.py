@@ -1,5 +1,6 @@
 """HTTP/1.1 connections to registries: http.client in threads, because `readinto` of a socket into a reused buffer is
-the cheapest way to move gigabytes in Python (measured against urllib3, requests, aiohttp, httpx and pycurl).
+the cheapest way to move gigabytes in Python (measured against urllib3, requests, aiohttp, httpx and pycurl). The sockets
+are ours (`csi.registry.line`).
 
 The name is resolved once, the address checked, and that very address connected to. Proxies of the environment, netrc
 and cookies are not used. Every connect and every receive has a timeout.
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 
 from csi.errors import RegistryError, RegistryUnavailableError
 from csi.registry.address_rules import AddressRules
+from csi.registry.line import Line, TlsLine
 
 _IDLE_PER_HOST = 16  # as many as a fetcher uses at most
 # Bounded: saves nginx a third of its CPU; makes no difference to docker-registry (both measured on loopback).
@@ -81,7 +83,9 @@ class Response:
         if not self._open:
             return
         self._end()
-        if self._response.isclosed() and not self._response.will_close:
+        line: Line | None = self._connection.sock  # type: ignore[assignment]  # as `_connect` made it
+        in_step = line is not None and not line.has_leftovers
+        if self._response.isclosed() and not self._response.will_close and in_step:
             self._transport.give_back(self._key, self._connection)
         else:
             self._connection.close()
@@ -218,18 +222,19 @@ class Transport:
         host, port = parts.hostname or "", parts.port or (443 if scheme == "https" else 80)
         context = self._tls_context(authority) if scheme == "https" else None
         connection = http.client.HTTPConnection(host, port)
-        # http.client writes the Host header from host and port; the socket is ours.
-        connection.sock = self._open_socket(authority, host, port, min(wait_s, self._settings.connect_timeout_s))
-        if context is not None:
-            try:
-                connection.sock = context.wrap_socket(connection.sock, server_hostname=host)
-            except (ssl.SSLError, ssl.CertificateError) as exc:
-                connection.close()
-                reason = getattr(exc, "verify_message", None) or getattr(exc, "reason", None) or exc
-                raise _unavailable(key, f"TLS failed: {reason}; check the registry's certificate and CA") from exc
-            except OSError as exc:
-                connection.close()
-                raise _unavailable(key, f"TLS failed: {exc}") from exc
+        connect_s = min(wait_s, self._settings.connect_timeout_s)
+        sock = self._open_socket(authority, host, port, connect_s)
+        # http.client writes the Host header from host and port.
+        try:
+            line = Line(sock) if context is None else TlsLine(sock, context, host, connect_s)
+        except (ssl.SSLError, ssl.CertificateError) as exc:
+            sock.close()
+            reason = getattr(exc, "verify_message", None) or getattr(exc, "reason", None) or exc
+            raise _unavailable(key, f"TLS failed: {reason}; check the registry's certificate and CA") from exc
+        except OSError as exc:
+            sock.close()
+            raise _unavailable(key, f"TLS failed: {exc}") from exc
+        connection.sock = line.as_socket()
         connection.default_port = 443 if scheme == "https" else 80
         return connection
 

@@ -158,7 +158,7 @@ def test_an_idle_connection_the_server_closed_is_replaced_unseen(fake_registry: 
     assert read(registry, blob, len(CONTENT), 0, 10) == CONTENT[:10]
     for idle in registry._endpoints[0]._transport._idle.values():
         for connection in idle:
-            connection.sock.shutdown(2)
+            connection.sock._sock.shutdown(2)  # type: ignore[union-attr]
     assert read(registry, blob, len(CONTENT), 0, 10) == CONTENT[:10]
 
 
