@@ -45,6 +45,7 @@ from csi.fetcher.proving import DigestCheck, Found, block_buffer, look_at_kept, 
 from csi.integrity.index import BlobHashes
 from csi.stream import blocks
 from csi.stream.ports import ModelSource
+from csi.stream.range_length import RangeLength
 from csi.stream.scheduler import Job, Priority, Scheduler
 from csi.stream.width import WINDOW_S, Width
 from csi.tree.model import BlobSpec
@@ -131,6 +132,7 @@ class FetchEngine:
         )
         self._threads: list[threading.Thread] = []
         self._width = Width(settings.threads, settings.most_threads)
+        self._range_length = RangeLength()
         self._fetching = 0  # threads that fetch or look for something to
         self._window_began, self._window_bytes = 0.0, 0  # of fetching without a pause; 0.0: none yet
 
@@ -351,7 +353,9 @@ class FetchEngine:
                     self._lock.notify_all()
                     return None
                 allowed, patience_s = self._allowed(least)
-                if job := self._scheduler.next_job(allowed):
+                length = self._range_length.now
+                along = length // 2 if patience_s is None else 0  # nothing unasked while that is not to be fetched
+                if job := self._scheduler.next_job(allowed, length, along=along):
                     return job
                 if self._intake.missed_writes and allowed is Priority.BACKGROUND:
                     self._intake.missed_writes = False
@@ -410,9 +414,11 @@ class FetchEngine:
                 for block in range(first, first + count):
                     content = buffer[: blocks.block_length(spec.size_bytes, block)]
                     wanted = job.priority is not Priority.BACKGROUND or self._readers_wait()
+                    begun = time.monotonic()
                     outcome = self._intake.receive(
                         reader, job.blob, block, content, self._hashes[job.blob], wanted=wanted
                     )
+                    self._range_length.observe(len(content), time.monotonic() - begun)
                     if outcome is Outcome.WRONG:
                         reader.reject()
                         raise self._wrong_block(source, job.blob, block)

@@ -25,6 +25,11 @@ IO_BYTES = 1024 * 1024
 class ContentReader(Protocol):
     """Where file bytes come from."""
 
+    def read_now(self, entry: Entry, offset: int, size: int) -> memoryview | None:
+        """What `read` returns, where that takes no waiting; else None, and nothing has been done. The view is valid until the
+        next read.
+        """
+
     async def read(self, entry: Entry, offset: int, size: int) -> memoryview:
         """Up to `size` bytes of a file from `offset` (bytes); shorter only at its end, empty past it.
 

@@ -1,7 +1,7 @@
 """Serving a kept connection with our own small FUSE server: non-blocking, restartable without RESEND.
 
     receive   one readv per request, straight into a slot of the request table; several per wake-up
-    handle    everything but a waiting read is answered at once; a read that waits is a task of its own
+    handle    everything but a read that waits is answered at once; that one is a task of its own
     reply     one writev, from the reader's buffer without a copy; then the slot is free
 
 What a dead worker had taken is in the table, so this one answers it first. Reads that wait do not hold that up.
@@ -157,6 +157,8 @@ class RawBackend:
         _, opcode, unique, nodeid, *_ = wire.IN_HEADER.unpack_from(request)
         if opcode == Opcode.READ:
             _, offset, size, *_ = wire.READ_IN.unpack_from(request, wire.IN_HEADER.size)
+            if self._read_now(slot, unique, nodeid, offset, size):
+                return None
             answered = trio.Event()
             self._nursery.start_soon(self._read, slot, unique, nodeid, offset, size, answered)
             return answered
@@ -177,6 +179,19 @@ class RawBackend:
             log.exception("request %d failed by a bug", opcode)
             self._reply(slot, unique, b"", errno.EIO)
         return None
+
+    def _read_now(self, slot: int, unique: int, inode: int, offset: int, size: int) -> bool:
+        """Whether the answer needed no waiting: most do not, and a task for each costs more than the answer."""
+        try:
+            view = self._reader.read_now(self._namespace.entry(inode), offset, size)
+        except MemoryError:
+            raise
+        except Exception:  # the task finds out, and says, what is wrong
+            return False
+        if view is None:
+            return False
+        self._reply(slot, unique, view)
+        return True
 
     async def _read(self, slot: int, unique: int, inode: int, offset: int, size: int, answered: trio.Event) -> None:
         error, view = 0, memoryview(b"")

@@ -48,9 +48,6 @@ def background_order(sizes: Sequence[int]) -> list[int]:
 class Scheduler:
     """`is_present(blob, block)` must be cheap; it is asked for every candidate. `is_kept` says of a block that is not
     present that it need only be checked: the background leaves it until somebody wants it.
-
-    `job_blocks` bounds a range request (two blocks, 8 MiB: long enough to fill a connection, short enough that a
-    block demanded behind it does not wait long).
     """
 
     def __init__(
@@ -59,13 +56,11 @@ class Scheduler:
         is_present: Callable[[int, int], bool],
         *,
         is_kept: Callable[[int, int], bool] = lambda blob, block: False,
-        job_blocks: int = 2,
         fill: bool = True,
     ) -> None:
         self._counts = [blocks.block_count(size) for size in sizes]
         self._is_present = is_present
         self._is_kept = is_kept
-        self._job_blocks = job_blocks
         self._wanted: dict[Priority, dict[Block, None]] = {Priority.DEMAND: {}, Priority.AHEAD: {}}
         self._in_flight: dict[Block, Priority] = {}
         self._background = background_order(sizes)
@@ -88,8 +83,10 @@ class Scheduler:
             elif key not in self._wanted[Priority.DEMAND]:
                 self._wanted[Priority.AHEAD][key] = None
 
-    def next_job(self, least: Priority) -> Job | None:
-        """The most urgent job that is at least as urgent as `least`; its blocks are in flight from now on."""
+    def next_job(self, least: Priority, most_blocks: int, *, along: int = 0) -> Job | None:
+        """The most urgent job that is at least as urgent as `least`, of at most `most_blocks`; its blocks are in flight from now
+        on. Where less than `along` neighbours are asked for, a job takes others along that the background would fetch.
+        """
         for priority in (Priority.DEMAND, Priority.AHEAD):
             if priority > least:
                 return None
@@ -99,14 +96,14 @@ class Scheduler:
                 if self._is_present(blob, block):
                     del wanted[blob, block]
                     continue
-                return self._start(blob, block, priority)
+                return self._start(blob, block, priority, most_blocks, along if self._order else 0)
         if least < Priority.BACKGROUND:
             return None
         while self._cursor < len(self._order):
             blob = self._order[self._cursor]
             while self._cursor_block < self._counts[blob]:
-                if self._is_free(blob, self._cursor_block) and not self._is_kept(blob, self._cursor_block):
-                    return self._start(blob, self._cursor_block, Priority.BACKGROUND)
+                if self._is_left(blob, self._cursor_block):
+                    return self._start(blob, self._cursor_block, Priority.BACKGROUND, most_blocks, most_blocks)
                 self._cursor_block += 1
             self._cursor += 1
             self._cursor_block = 0
@@ -140,26 +137,32 @@ class Scheduler:
     def _is_free(self, blob: int, block: int) -> bool:
         return (blob, block) not in self._in_flight and not self._is_present(blob, block)
 
-    def _start(self, blob: int, first: int, priority: Priority) -> Job:
-        count = 1
+    def _is_left(self, blob: int, block: int) -> bool:
+        """For the background."""
+        return self._is_free(blob, block) and not self._is_kept(blob, block)
+
+    def _start(self, blob: int, first: int, priority: Priority, most_blocks: int, along: int) -> Job:
+        """The first block, neighbours that are asked for, and of others so many that there are `along`. Call with a block that may
+        be started.
+        """
+        taken = {(blob, first): priority}
         while (
-            count < self._job_blocks
-            and first + count < self._counts[blob]
-            and (first + count) % blocks.SEGMENT_BLOCKS
-            and self._is_free(blob, first + count)
-            and (
-                not self._is_kept(blob, first + count)
-                if priority is Priority.BACKGROUND
-                else self._is_asked_for(blob, first + count)
-            )
+            len(taken) < most_blocks
+            and (block := first + len(taken)) < self._counts[blob]
+            and block % blocks.SEGMENT_BLOCKS
+            and self._is_free(blob, block)
         ):
-            count += 1
-        job = Job(blob, first, count, priority)
-        for key in job.blocks():
-            self._in_flight[key] = priority
+            if self._is_asked_for(blob, block):
+                taken[blob, block] = priority
+            elif len(taken) < along and not self._is_kept(blob, block):
+                taken[blob, block] = Priority.BACKGROUND
+            else:
+                break
+        self._in_flight.update(taken)
+        for key in taken:
             for wanted in self._wanted.values():
                 wanted.pop(key, None)
-        return job
+        return Job(blob, first, len(taken), priority)
 
     def _is_asked_for(self, blob: int, block: int) -> bool:
         return any((blob, block) in wanted for wanted in self._wanted.values())

@@ -66,6 +66,10 @@ class DecodingReader:
         self._decoding: dict[tuple[int, int], trio.Event] = {}
         self._limit = trio.CapacityLimiter(max(1, len(os.sched_getaffinity(0))))
 
+    def read_now(self, entry: Entry, offset: int, size: int) -> memoryview | None:
+        """See `ContentReader.read_now`. What has to be decoded waits."""
+        return None if entry.blob in self._encoded else self._cached.read_now(entry, offset, size)
+
     async def read(self, entry: Entry, offset: int, size: int) -> memoryview:
         """See `ContentReader.read`."""
         if entry.blob not in self._encoded:

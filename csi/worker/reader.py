@@ -83,6 +83,21 @@ class CachedReader:
         self._to_give_back: list[int] = []
         self.counters = {"reads": 0, "read_bytes": 0, "waited_reads": 0, "failed_reads": 0, "lent_reads": 0}
 
+    def read_now(self, entry: Entry, offset: int, size: int) -> memoryview | None:
+        """See `ContentReader.read_now`."""
+        length = min(size, entry.size_bytes - offset, _LARGEST_READ)
+        if length <= 0:
+            return memoryview(b"")
+        start, reader = entry.blob_offset + offset, self._reader(entry.blob)
+        if reader is not None and reader.state is BlobState.POISONED:
+            return None
+        view = self._borrowed(entry.blob, start, length) or self._copy_now(reader, start, length)
+        if view is not None:
+            self.counters["reads"] += 1
+            self.counters["read_bytes"] += length
+            self._ask_ahead(entry, offset, length, missed=False)
+        return view
+
     async def read(self, entry: Entry, offset: int, size: int) -> memoryview:
         """See `ContentReader.read`."""
         length = min(size, entry.size_bytes - offset, _LARGEST_READ)
@@ -240,6 +255,21 @@ class CachedReader:
         if at + length == blocks.block_length(self._tree.blobs[blob].size_bytes, needed.start):
             self._read_out.add((blob, needed.start))
         return self._ring.content(slot, at, length)
+
+    def _copy_now(self, reader: BlobReader | None, start: int, length: int) -> memoryview | None:
+        """As `_copy`, of what is in memory; None also for what is damaged, which is for `_copy` to find."""
+        if reader is None:
+            return None
+        generation = reader.generation
+        if not all(map(reader.has, blocks.blocks_of(start, length))):
+            return None
+        if length > len(self._buffer):
+            self._buffer = _aligned(length)
+        try:
+            view = self._fill(reader, self._buffer, start, length, os.RWF_NOWAIT)
+        except (BlockingIOError, CacheError):
+            return None
+        return view if reader.generation == generation else None
 
     async def _copy(self, blob: int, start: int, length: int) -> memoryview | None:
         """The bytes, in the shared buffer: no await after they are in it. None when the cache does not have (all of) them

@@ -36,15 +36,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             asked = {(blob, block) for block in range(first, min(first + count, COUNTS[blob]))}
             self.demanded |= asked - self.present
 
-    @rule(least=st.sampled_from(list(Priority)))
-    def take(self, least: Priority) -> None:
-        job = self.scheduler.next_job(least)
+    @rule(least=st.sampled_from(list(Priority)), most=st.integers(1, 5), along=st.integers(0, 3))
+    def take(self, least: Priority, most: int, along: int) -> None:
+        job = self.scheduler.next_job(least, most, along=along)
         waiting = {key for key in self.demanded if key not in self.flying}
         if job is None:
             assert not waiting, "a demanded block is never left lying"
             return
         assert job.priority <= least
-        assert 1 <= job.count <= 2
+        assert 1 <= job.count <= most
         keys = list(job.blocks())
         assert not set(keys) & (self.present | set(self.flying)), "single flight"
         if waiting:
@@ -81,7 +81,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for key in list(self.flying):
             self.present.add(key)
             self.scheduler.done(*key)
-        while job := self.scheduler.next_job(Priority.BACKGROUND):
+        while job := self.scheduler.next_job(Priority.BACKGROUND, 2):
             for key in job.blocks():
                 self.present.add(key)
                 self.scheduler.done(*key)
@@ -99,24 +99,50 @@ def test_small_files_are_filled_before_large_ones() -> None:
 
 def test_without_fill_nothing_is_fetched_unasked() -> None:
     scheduler = Scheduler([100 * blocks.BLOCK_BYTES], lambda blob, block: False, fill=False)
-    assert scheduler.next_job(Priority.BACKGROUND) is None
+    assert scheduler.next_job(Priority.BACKGROUND, 2) is None
 
 
 def test_the_background_leaves_what_need_only_be_checked_until_it_is_wanted() -> None:
     kept = {(0, 1)}
     scheduler = Scheduler([3 * blocks.BLOCK_BYTES], lambda blob, block: False, is_kept=lambda *key: key in kept)
     jobs: list[tuple[int, int]] = []
-    while job := scheduler.next_job(Priority.BACKGROUND):
+    while job := scheduler.next_job(Priority.BACKGROUND, 2):
         jobs += job.blocks()
     assert jobs == [(0, 0), (0, 2)]
     scheduler.want(0, 1, 1, Priority.DEMAND)
-    job = scheduler.next_job(Priority.BACKGROUND)
+    job = scheduler.next_job(Priority.BACKGROUND, 2)
     assert job is not None
     assert list(job.blocks()) == [(0, 1)]
 
 
 def test_a_scheduler_that_is_told_to_fill_later_fills() -> None:
     scheduler = Scheduler([blocks.BLOCK_BYTES], lambda blob, block: False, fill=False)
-    assert scheduler.next_job(Priority.BACKGROUND) is None
+    assert scheduler.next_job(Priority.BACKGROUND, 2) is None
     scheduler.fill()
-    assert scheduler.next_job(Priority.BACKGROUND) is not None
+    assert scheduler.next_job(Priority.BACKGROUND, 2) is not None
+
+
+def test_a_job_takes_neighbours_along_that_nobody_asked_for_only_as_far_as_it_may() -> None:
+    kept = {(0, 12)}
+    scheduler = Scheduler([30 * blocks.BLOCK_BYTES], lambda blob, block: False, is_kept=lambda *key: key in kept)
+    scheduler.want(0, 1, 1, Priority.DEMAND)
+    scheduler.want(0, 5, 3, Priority.DEMAND)
+    scheduler.want(0, 11, 1, Priority.DEMAND)
+    found = [scheduler.next_job(Priority.DEMAND, 4, along=2) for _ in range(3)]
+    assert [(job.first, job.count) for job in found if job] == [(1, 2), (5, 3), (11, 1)]
+
+
+def test_what_was_taken_along_is_not_asked_for_again_after_a_failure() -> None:
+    scheduler = Scheduler([30 * blocks.BLOCK_BYTES], lambda blob, block: False)
+    scheduler.want(0, 8, 1, Priority.DEMAND)
+    job = scheduler.next_job(Priority.DEMAND, 4, along=2)
+    assert job == Job(0, 8, 2, Priority.DEMAND)
+    scheduler.failed(job, again=True)
+    assert scheduler.next_job(Priority.DEMAND, 4) == Job(0, 8, 1, Priority.DEMAND)
+    assert scheduler.next_job(Priority.AHEAD, 4) is None
+
+
+def test_without_fill_nothing_is_taken_along() -> None:
+    scheduler = Scheduler([30 * blocks.BLOCK_BYTES], lambda blob, block: False, fill=False)
+    scheduler.want(0, 8, 1, Priority.DEMAND)
+    assert scheduler.next_job(Priority.BACKGROUND, 4, along=4) == Job(0, 8, 1, Priority.DEMAND)
