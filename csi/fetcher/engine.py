@@ -422,6 +422,9 @@ class FetchEngine:
                     if outcome is Outcome.WRONG:
                         reader.reject()
                         raise self._wrong_block(source, job.blob, block)
+                    if outcome is Outcome.CUT_SHORT:
+                        self._put_back(Job(job.blob, block, first + count - block, job.priority))
+                        return
                     if outcome is Outcome.DISPLACED:
                         self._displaced(job, block, len(content))
                     else:
@@ -469,7 +472,11 @@ class FetchEngine:
         with self._lock:
             self._counters.fetched_bytes += fetched_bytes
             self._counters.fetched_blocks += 1
-            self._scheduler.failed(Job(job.blob, block, 1, job.priority), again=True)
+        self._put_back(Job(job.blob, block, 1, job.priority))
+
+    def _put_back(self, job: Job) -> None:
+        with self._lock:
+            self._scheduler.failed(job, again=True)
             self._lock.notify_all()
 
     def _told_complete(self, blob: int) -> None:

@@ -1,7 +1,8 @@
 """One block from the network to where readers find it: hashed, written and marked, or lent in memory.
 
-A block passes through memory in pieces that stay in a core's cache: each is received, hashed and written before the next
-one comes. So wrong bytes may be on the disk, but never under a mark, and nobody reads what is not marked.
+A block passes through memory in pieces, all through the same half megabyte, which stays in a core's cache: each is received,
+hashed and written before the next one comes. So wrong bytes may be on the disk, but never under a mark, and nobody reads what is
+not marked.
 
 A reader never waits for the disk. Where a block cannot be written (full, broken, no room in the cache) or writing is
 slow, what readers asked for is lent to the worker in memory, and written behind that or not at all; see `csi.cache.ring`.
@@ -44,6 +45,10 @@ class Outcome(Enum):
     """Something else took its place in the cache meanwhile."""
     WRONG = auto()
     """It is not what its hash says."""
+    CUT_SHORT = auto()
+    """The cache refused a part of it, and what was written before is not in memory any more: the rest of the range was not
+    read, and the block has to be asked for again.
+    """
 
 
 class Intake:
@@ -104,7 +109,7 @@ class Intake:
         *,
         wanted: bool,
     ) -> Outcome:
-        """Read the next block of a range into `content`, a buffer of its length, and pass it on. Without `hashes` nothing is
+        """Read the next block of a range by way of `content`, a buffer of its length, and pass it on. Without `hashes` nothing is
         checked here. `wanted`: somebody reads, and must not wait for a slow disk.
 
         Raises: what `reader` raises; then nothing of the block is marked.
@@ -129,30 +134,31 @@ class Intake:
     def _to_disk(
         self, reader: RangeReader, blob: int, block: int, content: memoryview, hashes: BlobHashes | None
     ) -> Outcome:
-        check = index.hasher() if hashes is not None else None
         write, refused = self._begin(blob, block)
+        if refused:
+            if not _receive(reader, content, hashes, block):
+                return Outcome.WRONG
+            if self._ring is not None and (slot := self._ring.lend(content)) is not None:
+                self._lend(blob, block, slot, write=False)
+            return Outcome.TAKEN
+        check = index.hasher() if hashes is not None else None
         begun, writing_s = time.monotonic(), 0.0
         for start in range(0, len(content), PIECE_BYTES):
-            piece = content[start : start + PIECE_BYTES]
+            piece = content[: min(PIECE_BYTES, len(content) - start)]
             reader.readinto(piece)
             if check is not None:
                 check.update(piece)
             if write is not None:
                 write_begun = time.monotonic()
                 if not self._write_piece(write, start, piece):
-                    write, refused = None, True
+                    return Outcome.CUT_SHORT
                 writing_s += time.monotonic() - write_begun
-        receiving_s = time.monotonic() - begun - writing_s
         if check is not None and hashes is not None and not hashes.is_hash(block, check.digest()):
             return Outcome.WRONG
-        if write is not None:
-            self._note_times(writing_s, receiving_s, len(content))
-            return Outcome.TAKEN if write.commit() else Outcome.DISPLACED
-        if not refused:
+        if write is None:
             return Outcome.DISPLACED
-        if self._ring is not None and (slot := self._ring.lend(content)) is not None:
-            self._lend(blob, block, slot, write=False)
-        return Outcome.TAKEN
+        self._note_times(writing_s, time.monotonic() - begun - writing_s, len(content))
+        return Outcome.TAKEN if write.commit() else Outcome.DISPLACED
 
     def write_loop(self) -> None:
         """Write what was lent, for ever: for a thread of its own."""

@@ -66,10 +66,13 @@ class MemoryRange:
 
 
 class SlowWriter(BlobWriter):
-    """Writes take `delay_s` each; one at a time, as on one disk. Refuses them while `full`."""
+    """Writes take `delay_s` each; one at a time, as on one disk. While `full`, refuses what begins behind `room` bytes of a
+    block.
+    """
 
     delay_s = 0.0
     full = False
+    room = 0
     disk = threading.Lock()
 
     def begin(self, block: int) -> BlockWrite | None:
@@ -79,7 +82,7 @@ class SlowWriter(BlobWriter):
 
 class SlowWrite(BlockWrite):
     def write(self, start: int, data: memoryview) -> None:
-        if SlowWriter.full:
+        if SlowWriter.full and start >= SlowWriter.room:
             raise CacheError("no space left")
         with SlowWriter.disk:
             time.sleep(SlowWriter.delay_s)
@@ -130,7 +133,7 @@ class Reader:
 @pytest.fixture
 def area(tmp_path: Path) -> Iterator[int]:
     fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
-    SlowWriter.delay_s, SlowWriter.full = 0.0, False
+    SlowWriter.delay_s, SlowWriter.full, SlowWriter.room = 0.0, False, 0
     yield fd
     os.close(fd)
 
@@ -167,12 +170,13 @@ def assert_all_right(reader: Reader) -> None:
 
 
 @pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("room", [0, 1 << 20])
 @pytest.mark.allow_logs
 def test_a_full_disk_is_no_error_for_readers_and_is_tried_again(
-    area: int, indexed: bool, monkeypatch: pytest.MonkeyPatch
+    area: int, indexed: bool, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("csi.fetcher.intake._CACHE_REST_S", 0.3)
-    SlowWriter.full = True
+    SlowWriter.full, SlowWriter.room = True, room
     engine, reader = engine_on(area, MemorySource(), fill=True, indexed=indexed)
     for block in range(block_count(SIZE)):
         engine.want(0, block, 1, Priority.DEMAND)
@@ -181,7 +185,7 @@ def test_a_full_disk_is_no_error_for_readers_and_is_tried_again(
     snapshot = engine.snapshot()
     assert snapshot["lent_blocks"] == snapshot["unwritten_blocks"]
     assert snapshot["cache_errors"]
-    assert reader.writer.stored_blocks() == 0
+    assert reader.writer.stored_blocks() <= (room > 0)  # the last block is short
     SlowWriter.full = False
     deadline = time.monotonic() + 20
     while reader.writer.stored_blocks() < block_count(SIZE):
