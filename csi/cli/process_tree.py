@@ -23,13 +23,14 @@ from csi.control.supervisor import SOCKET_NAME as SUPERVISOR_SOCKET
 from csi.driver.sockets import endpoint_path
 from csi.errors import ControlError, MountError
 from csi.jail.privileges import end_with_parent
+from csi.supervisor.restarts import Restarts
 
 log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 10.0
-_RESTART_DELAY_S, _LONGEST_DELAY_S = 0.5, 30.0  # doubled each time for what ended soon after its start, else none
-_SOON_S = 5.0
+_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.5, 30.0
+_SOON_S = 5.0  # what ran longer did not end of its start
 
 
 class ProcessTree:
@@ -39,7 +40,7 @@ class ProcessTree:
         self._commands: dict[str, list[str]] = {}
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._started: dict[str, float] = {}
-        self._delays: dict[str, float] = {}
+        self._restarts: dict[str, Restarts] = {}
         self._due: dict[str, float] = {}
 
     def start(self, name: str, arguments: Sequence[str], is_up: Callable[[], None]) -> None:
@@ -48,6 +49,7 @@ class ProcessTree:
         Raises: MountError when it ends instead, ControlError when it is not up within 20 s.
         """
         self._commands[name] = [sys.executable, "-m", "csi.cli.main", name, *arguments]
+        self._restarts[name] = Restarts(soon_s=_SOON_S, first_s=_FIRST_DELAY_S, longest_s=_LONGEST_DELAY_S)
         child = self._spawn(name)
         deadline = time.monotonic() + _START_TIMEOUT_S
         while True:
@@ -70,11 +72,12 @@ class ProcessTree:
                     continue
                 if name not in self._due:
                     ran_s = now - self._started[name]
-                    self._delays[name] = restart_delay(ran_s, self._delays.get(name, 0.0))
-                    self._due[name] = now + self._delays[name]
+                    restarts = self._restarts[name]
+                    restarts.note_death(ran_s)
+                    self._due[name] = now + restarts.delay_s
                     log.error(
                         "%s ended with status %d after %.1f s; it is started again in %g s",
-                        *(name, child.returncode, ran_s, self._delays[name]),
+                        *(name, child.returncode, ran_s, restarts.delay_s),
                     )
                 if now >= self._due[name]:
                     del self._due[name]
@@ -105,13 +108,6 @@ class ProcessTree:
         self._children[name] = child
         self._started[name] = time.monotonic()
         return child
-
-
-def restart_delay(ran_s: float, last_delay_s: float) -> float:
-    """Seconds until a child that ran so long is started again; `last_delay_s` is what it waited the last time."""
-    if ran_s >= _SOON_S:
-        return 0.0
-    return min(max(_RESTART_DELAY_S, 2 * last_delay_s), _LONGEST_DELAY_S)
 
 
 def start_keeper_and_supervisor(tree: ProcessTree, args: argparse.Namespace) -> None:

@@ -37,6 +37,7 @@ _START_TIMEOUT_S = 20.0
 _STORE_TIMEOUT_S = 5.0
 _PROOF_TIMEOUT_S = 300.0  # one block, however slow the link: who publishes hears before that it takes time
 _STATS_LIMIT_BYTES = 64 * 1024 * 1024
+_FIRST_DELAY_S = 0.2  # after a start that failed
 _LONGEST_DELAY_S = 10.0
 _SLOT = "fetcher"
 
@@ -58,7 +59,7 @@ class Fetching(Half):
         event: Callable[[str, str], None],
         on_replaced: Callable[[], Awaitable[None]],
     ) -> None:
-        super().__init__()
+        super().__init__(_LONGEST_DELAY_S)
         self._key, self._name = key, key.mount_id[:8]
         self._keeper, self._pool, self._store, self._settings = keeper, pool, store, settings
         self._sources, self._event, self._on_replaced = sources, event, on_replaced
@@ -252,9 +253,9 @@ class Fetching(Half):
         self.area_fd = self._layout_fd = -1
 
     async def _watch(self) -> None:
-        delay_s = 0.0
         while not self._stopping:
             if self.child is None:
+                await asyncio.sleep(self._restarts.delay_s)
                 await self._replace()
                 continue
             fetcher, started = self.child, time.monotonic()
@@ -266,11 +267,10 @@ class Fetching(Half):
                 fetcher.let_go()
             self.restarts += 1
             self._event("FetcherRestarting", f"fetcher {fetcher.pid} ended with status {status}")
-            delay_s = min(_LONGEST_DELAY_S, delay_s * 2 or 0.2) if time.monotonic() - started < 10 else 0.0
-            await asyncio.sleep(delay_s)
+            self._restarts.note_death(time.monotonic() - started)
 
     async def _replace(self) -> None:
-        delay_s = 1.0
+        delay_s = _FIRST_DELAY_S
         while not self._stopping:
             fetcher: Child | None = None
             try:

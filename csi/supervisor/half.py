@@ -6,15 +6,23 @@ import asyncio
 from abc import ABC, abstractmethod
 
 from csi.supervisor.child import Child
+from csi.supervisor.restarts import Restarts
+
+_SOON_S = 1.0
+"""A child that lived longer did not die of its start."""
+_FIRST_DELAY_S = 0.2
 
 
 class Half(ABC):
-    """`Serving` or `Fetching`. `_watch` replaces the child when it dies; `_close` lets go of the half's descriptors."""
+    """`Serving` or `Fetching`. `_watch` replaces the child when it dies; `_close` lets go of the half's descriptors.
+    `longest_delay_s`: between two starts where one child after the other dies of it.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, longest_delay_s: float) -> None:
         self._watcher: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
         self._stopping = False
+        self._restarts = Restarts(soon_s=_SOON_S, first_s=_FIRST_DELAY_S, longest_s=longest_delay_s)
         self._child: Child | None = None
         self.pid: int | None = None
         """Of the one that serves, or served last."""

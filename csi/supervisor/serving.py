@@ -41,9 +41,6 @@ _BEAT_PATIENCE_S = 2.0
 _MISSED_BEATS = 2
 _SERVED_S = 0.2
 """A worker that lived so long has served: whoever waited has been answered, or waits for the network."""
-_HEALTHY_S = 1.0
-"""A worker that lived so long did not die of its start. Of those that did, the next one is started later and later."""
-_FREE_DEATHS = 3
 _LONGEST_DELAY_S = 5.0
 _SLOT = "worker"
 
@@ -63,7 +60,7 @@ class Serving(Half):
         *,
         recheck: bool,
     ) -> None:
-        super().__init__()
+        super().__init__(_LONGEST_DELAY_S)
         self._recheck = recheck
         self._keeper, self._pool, self._settings = keeper, pool, settings
         self._channel, self._event = channel, event
@@ -71,7 +68,6 @@ class Serving(Half):
         self._init = b""
         self._name = ""
         self._unserved_since: float | None = None
-        self._quick_deaths = 0
         self.kept: KeptMount | None = None
         self.dead = False
         """The connection has ended; only a new mount helps."""
@@ -217,7 +213,7 @@ class Serving(Half):
             self.restarts += 1
             self._event("WorkerRestarting", f"worker {worker.pid} ended with status {status}")
             lived_s = time.monotonic() - started
-            self._quick_deaths = 0 if lived_s > _HEALTHY_S else self._quick_deaths + 1
+            self._restarts.note_death(lived_s)
             if lived_s > _SERVED_S or self._unserved_since is None:
                 self._unserved_since = time.monotonic()
 
@@ -245,9 +241,7 @@ class Serving(Half):
         began = time.monotonic()
         if self._unserved_since is None:
             self._unserved_since = began
-        delay_s = 0.0
-        if self._quick_deaths > _FREE_DEATHS:
-            delay_s = min(_LONGEST_DELAY_S, 0.1 * 2.0 ** min(self._quick_deaths - _FREE_DEATHS, 10))
+        delay_s = self._restarts.delay_s
         while not self._stopping:
             await self._wait_and_refuse(delay_s)
             worker: Child | None = None
