@@ -114,6 +114,8 @@ def _fetching(mount: Mapping[str, Any]) -> list[Trouble]:
     missing = any(blob["present_blocks"] < blob["blocks"] for blob in _blobs(mount))
     if not text or not missing or progress.get("last_block_at", 0.0) > progress.get("last_error_at", 0.0):
         return []
+    if failed := (mount.get("reads") or {}).get("failed_reads"):
+        text = f"{text} ({failed} reads have failed)"
     reason = _FETCH_REASONS.get(str(progress.get("last_error_kind")), "FetchFailing")
     severity = Severity.DATA_LOSS if reason == "IntegrityFailure" else Severity.DEGRADED
     return [Trouble(severity, reason, str(text)[:_MAX_MESSAGE])]

@@ -59,6 +59,7 @@ _SCARCE_CORES = 4
 _HASH_PATIENCE_S = 0.1
 _FINAL_TRIES = 3
 _EVENT_INTERVAL_S = 10.0  # of a registry whose every block is wrong we need not speak every time
+_TROUBLE_INTERVAL_S = 1.0
 _AUTH_DELAY_S = 2.0  # new credentials wake the wait at once
 
 
@@ -82,7 +83,8 @@ class FetchEngine:
     come without being asked for again, `on_wrong(error)` when bytes were found wrong, received or stored ones, and
     `on_lent(blob, block, slot)`, which says whether the worker has been told of that slot of `ring`, and
     `on_complete(blob)` when all of a blob is here, checked, and not from a proven blob already, and `on_damaged(blob)` when a
-    block of the cache was found damaged. Without a ring every block goes to the cache or is lost.
+    block of the cache was found damaged, and `on_trouble(error, tries)` now and then while tries fail: so many since the last
+    block came. Without a ring every block goes to the cache or is lost.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class FetchEngine:
         on_lent: Callable[[int, int, int], bool] = lambda blob, block, slot: False,
         on_complete: Callable[[int], None] = lambda blob: None,
         on_damaged: Callable[[int], None] = lambda blob: None,
+        on_trouble: Callable[[ModelMountError, int], None] = lambda error, tries: None,
         ring: LendingRing | None = None,
         hashes: Sequence[BlobHashes | None] | None = None,
     ) -> None:
@@ -108,7 +111,8 @@ class FetchEngine:
         self._settings = settings
         self._on_block, self._on_failed, self._on_wrong = on_block, on_failed, on_wrong
         self._ring = ring
-        self._on_complete, self._on_damaged = on_complete, on_damaged
+        self._on_complete, self._on_damaged, self._on_trouble = on_complete, on_damaged, on_trouble
+        self._failed_tries, self._told_trouble_at = 0, -_TROUBLE_INTERVAL_S
         self._hashes: list[BlobHashes | None] = list(hashes) if hashes is not None else [None] * len(specs)
         self._complete: set[int] = set()
         self._held: set[int] = set()
@@ -455,6 +459,7 @@ class FetchEngine:
                 self._counters.fetched_bytes += fetched_bytes
                 self._counters.fetched_blocks += 1
                 self._counters.last_block_at = time.time()
+                self._failed_tries = 0
                 self._note_rate(fetched_bytes)
             else:
                 self._counters.rechecked_blocks += 1
@@ -493,6 +498,10 @@ class FetchEngine:
         with self._lock:
             self._counters.note_error(error)
             self._counters.retries += 1
+            self._failed_tries += 1
+            now = time.monotonic()
+            if tell := now - self._told_trouble_at >= _TROUBLE_INTERVAL_S:
+                self._told_trouble_at = now
             if isinstance(error, CacheError):
                 self._counters.cache_errors += 1
             missing = [key for key in job.blocks() if not self._is_present(*key)]
@@ -512,6 +521,8 @@ class FetchEngine:
             ):  # else it is out of order, not busy
                 self._width.refused()
                 self._window_began = 0.0
+        if tell:
+            self._on_trouble(error, self._failed_tries)
         if isinstance(error, DigestMismatchError):
             self._tell_wrong(error)
         if not again:

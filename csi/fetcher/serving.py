@@ -147,7 +147,7 @@ class ServedMount:
 
     def say_trouble(self, reason: str, error: ModelMountError) -> None:
         """To whoever publishes, as an event, and to readers, when their deadline passes."""
-        self._worker.tell({"op": "trouble", "error": to_wire(error)})
+        self._on_trouble(error, 1)
         self._supervisor.say({"op": "event", "reason": reason, "error": to_wire(error)})
 
     def _start_engine(self, specs_fd: int) -> None:
@@ -170,6 +170,7 @@ class ServedMount:
             on_lent=self._worker.lend,
             on_complete=self._on_complete,
             on_damaged=self._on_damaged,
+            on_trouble=self._on_trouble,
             ring=self._worker.ring,
             hashes=opened.hashes,
         )
@@ -225,6 +226,9 @@ class ServedMount:
 
     def _on_failed(self, blob: int, block: int, error: ModelMountError) -> None:
         self._worker.tell({"op": "fail", "blob": blob, "block": block, "error": to_wire(error)})
+
+    def _on_trouble(self, error: ModelMountError, tries: int) -> None:
+        self._worker.tell({"op": "trouble", "error": to_wire(error), "tries": tries})
 
     def _on_complete(self, blob: int) -> None:
         spec = self._specs[blob]

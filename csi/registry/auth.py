@@ -81,7 +81,12 @@ class Authenticator:
         """For a new request, with a token fetched at most so long ago. Raises: RegistryAuthError, RegistryUnavailableError when no token can be had."""
         with self._lock:
             generation, candidate = self._generation, self._works
-        return self._authorize(Authorization(None, generation, candidate, frozenset()), max_age_s=max_age_s)
+        try:
+            return self._authorize(Authorization(None, generation, candidate, frozenset()), max_age_s=max_age_s)
+        except (RegistryAuthError, RegistryUnavailableError):
+            with self._lock:  # the registry may name another token service by now, or ask for none: hear it again
+                self._challenge = None
+            raise
 
     def after_refusal(self, used: Authorization, status: int, challenges: Sequence[Challenge]) -> Authorization | None:
         """What to send after a 401 or 403 with these challenges; None when there is nothing left to try.

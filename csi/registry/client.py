@@ -155,6 +155,8 @@ class RegistrySource:
                     endpoint, f"{subject} at {endpoint.host.authority}" if endpoint.host.is_mirror else subject
                 )
             except ModelMountError as exc:
+                if self.origin not in exc.message:  # of the connection, perhaps to where a redirect led
+                    exc.message = f"{subject}: {exc.message}"
                 if isinstance(exc, RegistryUnavailableError):
                     endpoint.failed(exc)
                 elif isinstance(exc, DigestMismatchError):
@@ -295,7 +297,8 @@ class _HttpRangeReader:
                 count = self._response.readinto(buffer)
                 if count == 0:
                     raise RegistryUnavailableError(
-                        f"{self._subject}: the connection ended {self._left} bytes before the range did"
+                        f"{self._subject}: the connection ended {self._left} bytes before the range did; is there a "
+                        "proxy with a limit in between?"
                     )
                 self._left -= count
                 buffer = buffer[count:]
@@ -370,8 +373,14 @@ def _status_error(response: Response, subject: str, *, has_credentials: bool) ->
         )
     if status in (408, 425, 429) or status >= 500:
         retry_after = parse_retry_after(response.headers.get("Retry-After", ""), time.time())
+        hint = (
+            "it limits how often it is asked: use a mirror, or an account with a higher limit"
+            if status == 429
+            else "it, or a proxy before it, is out of order: see its log"
+        )
+        wait = "" if retry_after is None else f" and wants to be asked again in {retry_after:.0f} s"
         return RegistryUnavailableError(
-            f"{subject}: the registry answered {status}{said}; it is asked again",
+            f"{subject}: the registry answered {status}{said}{wait}; {hint}",
             status=status,
             retry_after_s=None if retry_after is None else int(min(retry_after, 3600)),
         )

@@ -115,14 +115,23 @@ class Endpoint:
         with self._lock:
             known = self._resolved.get(digest)
         if known is not None:
-            response = self._transport.get(known, headers, limited=True)
+            try:
+                response = self._transport.get(known, headers, limited=True)
+            except BaseException:
+                self._forget(digest, known)  # the next request may be sent elsewhere
+                raise
+            if response.status < 300:
+                return response
+            self._forget(digest, known)
             if response.status not in _EXPIRED:
                 return response
             response.discard()
-            with self._lock:
-                if self._resolved.get(digest) == known:
-                    del self._resolved[digest]
         return self._get(f"{self._base}/blobs/{digest}{self._query}", headers, subject, None, remember=digest)
+
+    def _forget(self, digest: Digest, address: str) -> None:
+        with self._lock:
+            if self._resolved.get(digest) == address:
+                del self._resolved[digest]
 
     def _get(
         self,

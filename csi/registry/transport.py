@@ -169,13 +169,17 @@ class Transport:
                 connection.close()
             except TimeoutError as exc:
                 connection.close()
-                raise _unavailable(key, f"sent nothing for {wait_s:g} s") from exc
+                raise _unavailable(
+                    key, f"sent nothing for {wait_s:g} s; is it overloaded, or a firewall in between?"
+                ) from exc
         connection = self._connect(key, wait_s)
         try:
             return self._exchange(key, connection, request, sent, wait_s)
         except TimeoutError as exc:
             connection.close()
-            raise _unavailable(key, f"sent nothing for {wait_s:g} s") from exc
+            raise _unavailable(
+                key, f"sent nothing for {wait_s:g} s; is it overloaded, or a firewall in between?"
+            ) from exc
         except (http.client.HTTPException, OSError) as exc:
             connection.close()
             raise _unavailable(key, f"closed the connection ({type(exc).__name__})") from exc

@@ -94,6 +94,8 @@ class Serving(Half):
     async def adopt(self, slot: KeptSlot | None) -> None:
         """Go on with the worker of a supervisor before us, where it lives and serves."""
         self.child = await adopted("worker", slot)
+        if self.child is not None:
+            self.child.on_notification = self._on_notification
 
     async def renew(self, between: Callable[[], Awaitable[None]]) -> None:
         """Replace a worker that serves well by one of ours. `between` is awaited when nobody serves.
@@ -164,6 +166,7 @@ class Serving(Half):
 
     async def _serve(self, worker: Child) -> None:
         assert self.kept is not None
+        worker.on_notification = self._on_notification
         # First: were we to die now, a worker that serves and that nobody knows of would be one too many.
         await self._keeper.keep(self.kept.mount_id, _SLOT, {"pid": worker.pid}, worker.handles)
         channel = await self._channel()
@@ -178,6 +181,10 @@ class Serving(Half):
         if self.passing is not None:
             await self.passing.tell(worker)
         self.child = worker
+
+    def _on_notification(self, message: wire.Message) -> None:
+        if message.get("op") == "event":
+            self._event(str(message.get("reason")), str(message.get("message", "")))
 
     async def _leave(self, worker: Child) -> None:
         """Returns when it receives and answers nothing any more. Raises: ControlError when that cannot be had."""

@@ -82,8 +82,8 @@ class DecodingReader:
         try:
             layer = self._layers.get(entry.blob) or await self._open(entry.blob)
             view = await self._read_layer(layer, entry.blob_offset + offset, length)
-        except ModelMountError:
-            counters["failed_reads"] += 1
+        except ModelMountError as exc:
+            self._cached.note_failed(entry, exc)
             raise
         counters["read_bytes"] += length
         return view

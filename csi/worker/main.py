@@ -43,7 +43,7 @@ from csi.oci.digest import Digest
 from csi.oci.view import View
 from csi.stream.scheduler import Priority
 from csi.tree.file_format import Tree
-from csi.tree.model import Encoding
+from csi.tree.model import Encoding, Entry
 from csi.volume import Verify
 from csi.worker.build import Build, BuildRequest, SentManifest
 from csi.worker.build_channel import BuildChannel
@@ -57,6 +57,7 @@ _MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 _MAX_TREE_BYTES = 1 << 30
 _MAX_REPORTED_LAYERS = 200
 _STOP_PATIENCE_S = 1.5
+_EVENT_INTERVAL_S = 10.0
 
 
 class Worker:
@@ -77,6 +78,7 @@ class Worker:
         self._fetcher: socket.socket | None = None
         self._build: Build | None = None
         self._build_moved = trio.Event()
+        self._told_failed_at = -_EVENT_INTERVAL_S
 
     async def run(self) -> None:
         """Until `stop`, the end of the control socket or of the connection."""
@@ -222,7 +224,9 @@ class Worker:
         threading.Thread(target=int, name="trial").start()  # limits that allow none show now, not in a read
         tree = self._tree = Tree.from_fd(tree_fd)
         os.close(tree_fd)
-        reader = self._reader = CachedReader(tree, area_fd, self, float(request.get("read_deadline_s", 120.0)))
+        reader = self._reader = CachedReader(
+            tree, area_fd, self, float(request.get("read_deadline_s", 120.0)), self._on_failed_read
+        )
         has_encoded = any(blob.encoding is not Encoding.IDENTITY for blob in tree.blobs)
         content: ContentReader = DecodingReader(tree, area_fd, reader) if has_encoded else reader
         self._backend = self._made_backend(backend_name, tree, content)
@@ -315,8 +319,18 @@ class Worker:
                         self._reader.block_arrived(blob, block)
                     case {"op": "fail", "blob": int(blob), "block": int(block), "error": dict(error)}:
                         self._reader.block_failed(blob, block, from_wire(error))
-                    case {"op": "trouble", "error": dict(error)}:
-                        self._reader.note_error(from_wire(error))
+                    case {"op": "trouble", "error": dict(error), "tries": int(tries)}:
+                        self._reader.note_error(from_wire(error), tries)
+
+    def _on_failed_read(self, entry: Entry, error: ModelMountError) -> None:
+        """People hear of it, if not of every one: a reader that fails once fails often."""
+        now = time.monotonic()
+        if now - self._told_failed_at < _EVENT_INTERVAL_S:
+            return
+        self._told_failed_at = now
+        assert self._tree is not None
+        text = f"reading {self._tree.path(entry.inode)} failed (EIO): {error}"
+        self._reply({"op": "event", "reason": "ReadFailed", "message": text})
 
     def _distrust(self, blob: int) -> None:
         if self._fetcher is not None:

@@ -16,7 +16,7 @@ import errno
 import logging
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -39,6 +39,8 @@ _LARGEST_READ = 16 * 1024 * 1024
 _SPARE_BUFFERS = 8  # kept for reads from the disk: fresh memory costs more than such a read
 _ASK_AGAIN_S = 1.0
 _TRY_AGAIN_S = 0.05
+_ASKED_TWICE_S = 0.25
+"""Where an error answers a read-ahead, the kernel asks at once for the reader's own bytes again: that one has waited already."""
 DEFAULT_DEADLINE_S = 120.0
 """How long a read waits for its bytes, through every retry. A failed page fault kills the reader, so: long."""
 
@@ -57,7 +59,9 @@ class FetcherPort(Protocol):
 
 
 class CachedReader:
-    """Implements `csi.fuse.port.ContentReader`. `fetcher` must not block."""
+    """Implements `csi.fuse.port.ContentReader`. `fetcher` must not block. `on_failed` is told of every read that ends in an
+    error.
+    """
 
     def __init__(
         self,
@@ -65,16 +69,19 @@ class CachedReader:
         area_fd: int,
         fetcher: FetcherPort,
         deadline_s: float = DEFAULT_DEADLINE_S,
+        on_failed: Callable[[Entry, ModelMountError], None] = lambda entry, error: None,
     ) -> None:
         self._tree = tree
         self._area_fd = area_fd
         self._fetcher = fetcher
         self._deadline_s = deadline_s
+        self._on_failed = on_failed
         self._readers: dict[int, BlobReader] = {}
         self._read_ahead: dict[int, ReadAhead] = {}
         self._waiting: dict[Block, list[trio.Event]] = {}
         self._failures: dict[Block, ModelMountError] = {}
-        self._last_error: ModelMountError | None = None
+        self._last_error = ""  # of the fetcher, since the last block came
+        self._given_up: dict[Block, tuple[float, ModelMountError]] = {}
         self._buffer = _aligned(_BUFFER_BYTES)
         self._spare: list[memoryview] = []  # for reads in threads, which take a buffer each
         self._ring: BorrowedBlocks | None = None
@@ -104,27 +111,34 @@ class CachedReader:
         if length <= 0:
             return memoryview(b"")
         self.counters["reads"] += 1
-        start = entry.blob_offset + offset
+        start, until = entry.blob_offset + offset, trio.current_time() + self._deadline_s
         try:
-            missed = await self._wait_for(entry.blob, start, length)
+            missed = await self._wait_for(entry.blob, start, length, until)
             self._ask_ahead(entry, offset, length, missed)
             view = self._borrowed(entry.blob, start, length) or await self._copy(entry.blob, start, length)
             if view is None:
-                view = await self._copy_without_cache(entry.blob, start, length)
-        except ModelMountError:
-            self.counters["failed_reads"] += 1
+                view = await self._copy_without_cache(entry.blob, start, length, until)
+        except ModelMountError as exc:
+            self.note_failed(entry, exc)
             raise
         self.counters["read_bytes"] += length
         return view
 
     async def read_stored(self, blob: int, start: int, length: int) -> bytes:
         """Bytes of a blob as the registry stores them. Raises: as `read`."""
-        await self._wait_for(blob, start, length)
+        until = trio.current_time() + self._deadline_s
+        await self._wait_for(blob, start, length, until)
         view = await self._copy(blob, start, length)
-        return bytes(view if view is not None else await self._copy_without_cache(blob, start, length))
+        return bytes(view if view is not None else await self._copy_without_cache(blob, start, length, until))
+
+    def note_failed(self, entry: Entry, error: ModelMountError) -> None:
+        """A read of that file ends in an error."""
+        self.counters["failed_reads"] += 1
+        self._on_failed(entry, error)
 
     def block_arrived(self, blob: int, block: int) -> None:
         """The fetcher says that the block is there."""
+        self._last_error = ""
         if (blob, block) in self._lent:
             self._return_lent((blob, block))
         self._wake((blob, block))
@@ -134,6 +148,7 @@ class CachedReader:
         key = (blob, block)
         if self._ring is None or not 0 <= slot < self._ring.slots:
             return
+        self._last_error = ""
         if key in self._lent:
             self._return_lent(key)
         self._lent[key] = slot
@@ -156,9 +171,9 @@ class CachedReader:
             self._failures[blob, block] = error
             self._wake((blob, block))
 
-    def note_error(self, error: ModelMountError) -> None:
-        """What the fetcher last complained of: the reason a read gives when its deadline passes."""
-        self._last_error = error
+    def note_error(self, error: ModelMountError, tries: int) -> None:
+        """What the fetcher last complained of, after so many tries: the reason a read gives when its deadline passes."""
+        self._last_error = f"{error} (tried {tries} times)" if tries > 1 else str(error)
 
     def fail_waiting(self, error: ModelMountError) -> None:
         """End every waiting read with `error` (the mount is going away)."""
@@ -180,23 +195,42 @@ class CachedReader:
         for blob, block in list(self._waiting):
             self._fetcher.ask(blob, block, 1, Priority.DEMAND)
 
-    async def _wait_for(self, blob: int, start: int, length: int) -> bool:
-        """Wait until the bytes are there. True when they were not at once."""
+    async def _wait_for(self, blob: int, start: int, length: int, until: float) -> bool:
+        """Wait until the bytes are there, at most `until`. True when they were not at once."""
         reader = self._reader(blob)
         needed = blocks.blocks_of(start, length)
         if reader is not None and reader.state is not BlobState.POISONED and all(map(reader.has, needed)):
             return False
         self.counters["waited_reads"] += 1
-        with trio.move_on_after(self._deadline_s) as scope:
+        with trio.move_on_at(until) as scope:
             for block in needed:
+                if error := self._gave_up(blob, block):
+                    raise error
                 await self._wait_for_block(blob, block, needed)
         if scope.cancelled_caught:
-            reason = f": {self._last_error}" if self._last_error else "; the fetcher gave no reason"
-            raise RegistryUnavailableError(
-                f"blob {self._tree.blobs[blob].digest.short()}: bytes {start} to {start + length} did not come within "
-                f"{self._deadline_s:g} s{reason}"
-            )
+            error = self._too_late(blob, start, length)
+            now = trio.current_time()
+            self._given_up = {key: seen for key, seen in self._given_up.items() if now - seen[0] < _ASKED_TWICE_S}
+            self._given_up |= dict.fromkeys(((blob, block) for block in needed), (now, error))
+            raise error
         return True
+
+    def _gave_up(self, blob: int, block: int) -> ModelMountError | None:
+        """Why a read of that block has just been given up, unless the block has come meanwhile."""
+        at, error = self._given_up.get((blob, block), (0.0, None))
+        reader = self._reader(blob)
+        if error is None or trio.current_time() - at > _ASKED_TWICE_S or (reader is not None and reader.has(block)):
+            return None
+        return error
+
+    def _too_late(self, blob: int, start: int, length: int) -> RegistryUnavailableError:
+        reason = self._last_error or (
+            "the fetcher has no answer from the registry yet and no error either; 'modelmount status' shows whether it runs"
+        )
+        return RegistryUnavailableError(
+            f"blob {self._tree.blobs[blob].digest.short()}: bytes {start} to {start + length} could be had neither from the "
+            f"cache nor from the registry within {self._deadline_s:g} s: {reason}"
+        )
 
     async def _wait_for_block(self, blob: int, block: int, needed: range) -> None:
         while True:
@@ -311,29 +345,25 @@ class CachedReader:
             if len(self._spare) < _SPARE_BUFFERS:
                 self._spare.append(buffer)
 
-    async def _copy_without_cache(self, blob: int, start: int, length: int) -> memoryview:
-        """Block by block from wherever each is, within the read's deadline.
+    async def _copy_without_cache(self, blob: int, start: int, length: int, until: float) -> memoryview:
+        """Block by block from wherever each is, at most `until`.
 
         Raises: RegistryUnavailableError, DigestMismatchError.
         """
         self.counters["lent_reads"] += 1
         own = _aligned(length)
-        with trio.move_on_after(self._deadline_s):
+        with trio.move_on_at(until):
             for block in blocks.blocks_of(start, length):
                 first = max(start, block * blocks.BLOCK_BYTES)
                 end = min(start + length, (block + 1) * blocks.BLOCK_BYTES)
-                while not await self._copy_one(blob, block, first, own[first - start : end - start]):
+                while not await self._copy_one(blob, block, first, own[first - start : end - start], until):
                     await trio.sleep(_TRY_AGAIN_S)  # a damaged block: the fetcher has heard of it
             return own
-        raise RegistryUnavailableError(
-            f"blob {self._tree.blobs[blob].digest.short()}: bytes {start} to {start + length} could be had neither from the "
-            f"cache nor from the registry within {self._deadline_s:g} s"
-            + (f": {self._last_error}" if self._last_error else "")
-        )
+        raise self._too_late(blob, start, length)
 
-    async def _copy_one(self, blob: int, block: int, first: int, into: memoryview) -> bool:
+    async def _copy_one(self, blob: int, block: int, first: int, into: memoryview, until: float) -> bool:
         """Bytes of one block from `first` of the blob. False when it was there and is not any more."""
-        await self._wait_for(blob, first, len(into))
+        await self._wait_for(blob, first, len(into), until)
         if (slot := self._lent.get((blob, block))) is not None:
             assert self._ring is not None
             into[:] = self._ring.content(slot, first - block * blocks.BLOCK_BYTES, len(into))

@@ -14,39 +14,45 @@ import pytest
 from fakes.registry import Fault
 from run import find_model
 from survival.conftest import Stage
-from survival.loaders import WEIGHTS, write_encoder
+from survival.loaders import GGUF, WEIGHTS, write_encoder, write_gguf
 
 pytestmark = [pytest.mark.fuse, pytest.mark.survival, pytest.mark.timeout(600)]
 _KILLS = 4  # of one worker within seconds; one more, and the supervisor takes it for one that cannot start
 _BETWEEN_KILLS_S = 0.4
+_FILES = {"onnx": ("model.onnx", WEIGHTS), "safetensors": (WEIGHTS,), "gguf": (GGUF,)}
+"""What each loads, the weights last."""
 SCRIPT = Path(__file__).with_name("loaders.py")
 
 
 @pytest.fixture(scope="module")
 def local_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's model, and the ONNX graph over its weights."""
+    """The demo's model, the ONNX graph over its weights, and the same weights as GGUF."""
     directory = tmp_path_factory.mktemp("local")
     shutil.copy(find_model() / WEIGHTS, directory)
     write_encoder(directory)
+    write_gguf(directory)
     return directory
 
 
-@pytest.mark.parametrize("loader", ["onnx", "safetensors"])
+@pytest.mark.parametrize("loader", list(_FILES))
 def test_a_loader_whose_worker_is_killed_in_mid_load(stage: Stage, local_copy: Path, loader: str) -> None:
     repository = f"team/{loader}-{stage.backend}"
-    files = {name: (local_copy / name).read_bytes() for name in ("model.onnx", WEIGHTS)}
+    files = {name: (local_copy / name).read_bytes() for name in _FILES[loader]}
+    weights = _FILES[loader][-1]
     digest = stage.registry.add_model(repository, "v1", files, indexed=True)
     slow = Fault(match=f"{repository}/blobs", times=1 << 30, stall_s=0.2)
     stage.registry.faults.append(slow)
     target, here = stage.node.target(loader)
     try:
-        stage.node.publish(f"{stage.registry.host}/{repository}@{digest}", target, f"vol-{loader}")
+        stage.node.publish(
+            f"{stage.registry.host}/{repository}@{digest}", target, f"vol-{loader}", attributes={"prefetch": "ondemand"}
+        )
         killed: list[int] = []
         with stage.event(f"{loader} loads, its worker killed in mid-load"):
             command = [sys.executable, str(SCRIPT), loader]
             running = subprocess.Popen([*command, str(here)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             while running.poll() is None:
-                if len(killed) < _KILLS and has_opened(here / WEIGHTS, running.pid):
+                if len(killed) < _KILLS and has_opened(here / weights, running.pid):
                     if (pid := worker_of(stage, target)) not in (0, *killed):
                         os.kill(pid, signal.SIGKILL)
                         killed.append(pid)

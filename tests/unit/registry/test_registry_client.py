@@ -359,3 +359,29 @@ def test_where_a_listed_registry_leads_is_public_and_at_the_usual_port() -> None
     ]:
         with pytest.raises(RegistryError):
             rules.check_address(authority, address)
+
+
+def test_a_remembered_address_that_is_gone_is_asked_for_again_and_the_error_names_the_model(blob: str) -> None:
+    with FakeRegistry() as registry:
+        registry.add_blob(CONTENT)
+        opened = source(registry.host)
+        gone = Fault("blobs", redirect="http://127.0.0.1:1/gone", times=1)
+        registry.faults.append(gone)
+        for _ in range(2):  # where it led, and what is remembered of it
+            with pytest.raises(
+                RegistryUnavailableError, match=f"{registry.host}/team/model blob .*127.0.0.1:1: cannot"
+            ):
+                read(opened, blob, len(CONTENT), 0, 10)
+        assert read(opened, blob, len(CONTENT), 0, 10) == CONTENT[:10]
+
+
+def test_a_token_service_that_is_not_wanted_any_more_is_not_asked_for_ever(blob: str) -> None:
+    with FakeRegistry() as registry:
+        registry.add_blob(CONTENT)
+        opened = source(registry.host)
+        challenge = {"WWW-Authenticate": f'Bearer realm="http://{registry.host}/gone",service="s"'}
+        registry.faults.append(Fault("blobs", status=401, headers=challenge))
+        for _ in range(2):
+            with pytest.raises(RegistryAuthError, match="/gone answered 404"):
+                read(opened, blob, len(CONTENT), 0, 10)
+        assert read(opened, blob, len(CONTENT), 0, 10) == CONTENT[:10]
