@@ -11,12 +11,12 @@ from typing import Any
 
 from csi.cli.found_model import FoundModel, add_source_flags, open_finder
 from csi.cli.sizes import size_text
-from csi.errors import DigestMismatchError, InvalidVolumeError, RegistryUnavailableError, UnsupportedModelError
+from csi.errors import InvalidVolumeError, RegistryUnavailableError, UnsupportedModelError
 from csi.integrity import index, signed_index
 from csi.integrity.index import BlobHashes
 from csi.integrity.signed_index import PrivateKey
 from csi.oci.descriptor import Descriptor
-from csi.oci.digest import Digest
+from csi.oci.digest import Digest, wrong_bytes
 from csi.oci.modelpack import index_layer_of
 from csi.registry.pushing import Referrer
 from csi.stream import blocks
@@ -126,12 +126,7 @@ def _hash(source: ModelSource, layer: Descriptor) -> BlobHashes:
             time.sleep(min(_MAX_DELAY_S, _FIRST_DELAY_S * 2**failures))
     actual = Digest(layer.digest.algorithm, hasher.hexdigest())
     if actual != layer.digest:
-        raise DigestMismatchError(
-            f"blob {layer.digest.short()} from {source.origin}: its {layer.size_bytes} bytes hash to {actual.short()}; nothing "
-            "was attached; check the registry's storage, or have the model pushed again",
-            expected=str(layer.digest),
-            actual=str(actual),
-            subject=str(layer.digest),
-        )
+        what = f"blob {layer.digest.short()} from {source.origin}"
+        raise wrong_bytes(what, layer.digest, actual, layer.size_bytes, "nothing was attached")
     print(f"{size_text(layer.size_bytes):>10}  {layer.digest.short()}", file=sys.stderr)
     return BlobHashes(layer.digest, layer.size_bytes, bytes(hashes))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from csi.errors import DigestMismatchError
-from csi.oci.digest import Digest
+from csi.oci.digest import Digest, wrong_bytes
 from csi.stream.ports import ModelSource
 
 _TRIES = 2  # what was damaged on the way is right the next time
@@ -29,10 +28,4 @@ def read_whole(source: ModelSource, digest: Digest, size_bytes: int, what: str) 
             actual = Digest.of(b"", digest.algorithm)
         if actual == digest:
             return bytes(data)
-    raise DigestMismatchError(
-        f"{what} {digest.short()} from {source.origin}: the {size_bytes} bytes received hash to {actual.short()}; "
-        "check the registry's storage, or push the model again",
-        expected=str(digest),
-        actual=str(actual),
-        subject=str(digest),
-    )
+    raise wrong_bytes(f"{what} {digest.short()} from {source.origin}", digest, actual, size_bytes)

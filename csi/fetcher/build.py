@@ -43,7 +43,7 @@ from csi.fetcher.engine import EngineSettings, FetchEngine
 from csi.fetcher.opening import open_blobs, read_specs
 from csi.fetcher.origins import Origins
 from csi.integrity.index import BlockIndex
-from csi.oci.digest import Digest
+from csi.oci.digest import Digest, wrong_bytes
 from csi.stream.scheduler import Priority
 from csi.tree.model import BlobSpec
 
@@ -94,9 +94,15 @@ class BuildService:
             self._engine.use_sources(origins.for_blobs(self._specs))
 
     def stop(self) -> None:
-        """End the channel; the thread ends with it."""
+        """End the channel; the thread ends with it. What was half made is gone when this returns."""
         with contextlib.suppress(OSError):
             self._channel.shutdown(socket.SHUT_RDWR)
+        self._remove_spools()
+
+    def _remove_spools(self) -> None:
+        while self._spools:
+            with contextlib.suppress(KeyError, OSError):  # the other thread may have been quicker
+                os.unlink(self._spools.popitem()[1], dir_fd=self._area_fd)
 
     def _run(self) -> None:
         try:
@@ -108,9 +114,7 @@ class BuildService:
             if self._engine is not None:
                 self._engine.stop()
             self._pool.shutdown(wait=False, cancel_futures=True)
-            for path in self._spools.values():
-                with contextlib.suppress(OSError):
-                    os.unlink(path, dir_fd=self._area_fd)
+            self._remove_spools()
             self._channel.close()
 
     def _handle(self, request: wire.Message, fds: list[int]) -> None:
@@ -309,12 +313,8 @@ def _check_whole(spec: BlobSpec, data: bytearray) -> None:
     """Raises: DigestMismatchError."""
     found = Digest.of(memoryview(data), spec.digest.algorithm)
     if found != spec.digest:
-        raise DigestMismatchError(
-            f"blob {spec.digest.short()}: the {spec.size_bytes} bytes received hash to {found.short()}; nothing of "
-            "them was used; check the registry's storage, or push the model again",
-            expected=str(spec.digest),
-            actual=str(found),
-            subject=str(spec.digest),
+        raise wrong_bytes(
+            f"blob {spec.digest.short()}", spec.digest, found, spec.size_bytes, "nothing of them was used"
         )
 
 

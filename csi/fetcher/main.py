@@ -97,10 +97,11 @@ class Fetcher:
                         received = wire.recv(self._control)
                     except BlockingIOError:
                         continue
-                    if received is None:
-                        return
-                    if received[0].get("op") == "stop":
-                        self._answers.ok(received[0])
+                    if received is None or received[0].get("op") == "stop":
+                        if self._build is not None:
+                            self._build.stop()
+                        if received is not None:
+                            self._answers.ok(received[0])
                         return
                     self._on_request(*received)
                 elif self._worker.is_of(key.fileobj) and (said := self._worker.receive()) is not None:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from csi.errors import InvalidVolumeError
+from csi.errors import DigestMismatchError, InvalidVolumeError
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -63,3 +63,18 @@ class Digest:
 
     def __str__(self) -> str:
         return f"{self.algorithm}:{self.hex}"
+
+
+def wrong_bytes(
+    what: str, expected: Digest, actual: Digest, size_bytes: int, consequence: str = ""
+) -> DigestMismatchError:
+    """The error for content that came whole and is another one than its digest says. `what`: which, and where from;
+    `consequence`: what became of it.
+    """
+    return DigestMismatchError(
+        f"{what}: the {size_bytes} bytes received hash to {actual.short()}; {consequence}{'; ' if consequence else ''}"
+        "check the registry's storage, or push the model again",
+        expected=str(expected),
+        actual=str(actual),
+        subject=str(expected),
+    )
