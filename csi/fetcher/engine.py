@@ -45,7 +45,7 @@ from csi.fetcher.proving import DigestCheck, Found, block_buffer, look_at_kept, 
 from csi.integrity.index import BlobHashes
 from csi.stream import blocks
 from csi.stream.ports import ModelSource
-from csi.stream.range_length import RangeLength
+from csi.stream.range_length import SHORTEST, RangeLength
 from csi.stream.scheduler import Job, Priority, Scheduler
 from csi.stream.width import WINDOW_S, Width
 from csi.tree.model import BlobSpec
@@ -81,7 +81,8 @@ class FetchEngine:
 
     Callbacks come from our threads: `on_block(blob, block)`, `on_failed(blob, block, error)` for a block that will not
     come without being asked for again, `on_wrong(error)` when bytes were found wrong, received or stored ones, and
-    `on_lent(blob, block, slot)`, which says whether the worker has been told of that slot of `ring`, and
+    `on_lent(blob, block, slot)`, which says whether the worker has been told of that slot of `ring` (`is_lent(blob, block)`: and
+    has not given it back), and
     `on_complete(blob)` when all of a blob is here, checked, and not from a proven blob already, and `on_damaged(blob)` when a
     block of the cache was found damaged, and `on_trouble(error, tries)` now and then while tries fail: so many since the last
     block came. Without a ring every block goes to the cache or is lost.
@@ -98,6 +99,7 @@ class FetchEngine:
         on_failed: Callable[[int, int, ModelMountError], None],
         on_wrong: Callable[[ModelMountError], None],
         on_lent: Callable[[int, int, int], bool] = lambda blob, block, slot: False,
+        is_lent: Callable[[int, int], bool] = lambda blob, block: False,
         on_complete: Callable[[int], None] = lambda blob: None,
         on_damaged: Callable[[int], None] = lambda blob: None,
         on_trouble: Callable[[ModelMountError, int], None] = lambda error, tries: None,
@@ -110,7 +112,7 @@ class FetchEngine:
         self._writers = writers
         self._settings = settings
         self._on_block, self._on_failed, self._on_wrong = on_block, on_failed, on_wrong
-        self._ring = ring
+        self._ring, self._is_lent = ring, is_lent
         self._on_complete, self._on_damaged, self._on_trouble = on_complete, on_damaged, on_trouble
         self._failed_tries, self._told_trouble_at = 0, -_TROUBLE_INTERVAL_S
         self._hashes: list[BlobHashes | None] = list(hashes) if hashes is not None else [None] * len(specs)
@@ -172,7 +174,11 @@ class FetchEngine:
             self._last_want = time.monotonic()
             if priority is Priority.DEMAND:
                 self._counters.demanded_blocks += count
-            self._scheduler.want(blob, first, count, priority)
+            # What was asked for while it was on its way to the worker is not fetched again.
+            end = min(first + count, self._writers[blob].block_count)
+            asked = [block for block in range(first, end) if not self._is_lent(blob, block)]
+            for start, length in _runs(asked):
+                self._scheduler.want(blob, start, length, priority)
             self._lock.notify_all()
         for block in range(first, min(first + count, self._writers[blob].block_count)):
             if self._is_present(blob, block):
@@ -357,8 +363,9 @@ class FetchEngine:
                     self._lock.notify_all()
                     return None
                 allowed, patience_s = self._allowed(least)
-                length = self._range_length.now
-                along = length // 2 if patience_s is None else 0  # nothing unasked while that is not to be fetched
+                # What can only be lent must not be more than is read before its room in memory is needed again.
+                length = self._range_length.now if patience_s is None else SHORTEST
+                along = length // 2 if patience_s is None else 0
                 if job := self._scheduler.next_job(allowed, length, along=along):
                     return job
                 if self._intake.missed_writes and allowed is Priority.BACKGROUND:

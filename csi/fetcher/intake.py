@@ -51,6 +51,19 @@ class Outcome(Enum):
     """
 
 
+class _Average:
+    """Of two of 0 and all that was observed, later of about the last eight: so one large value alone decides little, and the
+    four blocks that come at once at the start are enough.
+    """
+
+    def __init__(self) -> None:
+        self.value, self._count = 0.0, 2
+
+    def observe(self, value: float) -> None:
+        self._count = min(self._count + 1, 8)
+        self.value += (value - self.value) / self._count
+
+
 class Intake:
     """Thread-safe: one block is received by one thread. `lock` guards `counters` and what is said of each field here.
 
@@ -72,7 +85,7 @@ class Intake:
         self._being_written: set[tuple[int, int]] = set()  # lent, and on its way to the disk; under the lock
         self._behind: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()
         self._no_writes_until = 0.0
-        self._write_s = self._receive_s = 0.0  # seconds that writing and receiving a block take, averaged
+        self._write_time, self._receive_time = _Average(), _Average()  # seconds for a block
         self._disk_is_slow = False
         self.missed_writes = False
         """Something was not written that should be fetched again when there is nothing better to do. Under the lock."""
@@ -232,21 +245,22 @@ class Intake:
         if size_bytes < blocks.BLOCK_BYTES:  # says more about the system calls than about the disk
             return
         if receive_s is not None:
-            self._receive_s += (receive_s - self._receive_s) / 8
+            self._receive_time.observe(receive_s)
         if write_s is None:
             return
-        self._write_s += (write_s - self._write_s) / 8
+        self._write_time.observe(write_s)
+        written, received = self._write_time.value, self._receive_time.value
         if self._disk_is_slow:
-            slow = self._write_s > _QUICK_WRITE_S and self._write_s > self._receive_s
+            slow = written > _QUICK_WRITE_S and written > received
         else:
-            slow = self._write_s > max(_SLOW_WRITE_S, 2 * self._receive_s)
+            slow = written > max(_SLOW_WRITE_S, 2 * received)
         if self._disk_is_slow != slow:
             self._disk_is_slow = slow
             log.info(
                 "the cache's disk is %s: %.0f ms a block, the network takes %.0f ms",
                 "slow" if slow else "quick again",
-                self._write_s * 1000,
-                self._receive_s * 1000,
+                written * 1000,
+                received * 1000,
             )
 
 

@@ -168,6 +168,7 @@ class ServedMount:
             on_failed=self._on_failed,
             on_wrong=self.on_wrong,
             on_lent=self._worker.lend,
+            is_lent=self._worker.is_lent,
             on_complete=self._on_complete,
             on_damaged=self._on_damaged,
             on_trouble=self._on_trouble,

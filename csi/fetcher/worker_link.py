@@ -29,7 +29,7 @@ class WorkerLink:
         self.ring = LendingRing(_RING_SLOTS)
         self._selector = selector
         self._worker: socket.socket | None = None
-        self._lent: set[int] = set()
+        self._lent: dict[int, tuple[int, int]] = {}  # slot to blob and block
         self._lending = threading.Lock()
 
     def is_of(self, readable: object) -> bool:
@@ -78,15 +78,20 @@ class WorkerLink:
         with self._lending:  # a worker that is replaced in between would be lent what was taken back already
             if not self.tell({"op": "lent", "blob": blob, "block": block, "slot": slot}):
                 return False
-            self._lent.add(slot)
+            self._lent[slot] = (blob, block)
             return True
+
+    def is_lent(self, blob: int, block: int) -> bool:
+        """Whether the worker has that block, or is being told of it, and has not given it back."""
+        with self._lending:
+            return (blob, block) in self._lent.values()
 
     def returned(self, slots: Iterable[int]) -> None:
         """The worker says that it is done with them."""
         with self._lending:
-            for slot in self._lent.intersection(slots):
-                self._lent.discard(slot)
-                self.ring.release(slot)
+            for slot in slots:
+                if self._lent.pop(slot, None) is not None:
+                    self.ring.release(slot)
 
     def _drop(self) -> None:
         """That worker is gone, and what it was lent comes back. Call with `_lending`."""
@@ -95,4 +100,4 @@ class WorkerLink:
             self._worker.close()
             self._worker = None
         while self._lent:
-            self.ring.release(self._lent.pop())
+            self.ring.release(self._lent.popitem()[0])

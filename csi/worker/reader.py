@@ -187,7 +187,10 @@ class CachedReader:
     def _return_lent(self, key: Block) -> None:
         self._to_give_back.append(self._lent.pop(key))
         self._read_out.discard(key)
-        if self._fetcher.give_back(self._to_give_back):
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._to_give_back and self._fetcher.give_back(self._to_give_back):
             self._to_give_back = []
 
     def ask_again(self) -> None:
@@ -245,6 +248,7 @@ class CachedReader:
                 return
             with self._waiter(blob, block) as event:
                 if (blob, block) not in self._failures:
+                    self._give_back()  # what the fetcher believes to be ours it does not fetch for us
                     self._fetcher.ask(blob, block, needed.stop - block, Priority.DEMAND)
                     with trio.move_on_after(_ASK_AGAIN_S):
                         await event.wait()

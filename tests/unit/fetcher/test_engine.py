@@ -96,6 +96,8 @@ class Reader:
         self.writer, self.ring = writer, ring
         self.got: dict[int, bytes] = {}
         self.errors: list[ModelMountError] = []
+        self.keeps_slots = False
+        self.kept: dict[int, int] = {}
         self.complete = False
         self.news = threading.Condition()
 
@@ -106,8 +108,14 @@ class Reader:
 
     def on_lent(self, blob: int, block: int, slot: int) -> bool:
         self._take(block, bytes(self.ring.content(slot, block_length(SIZE, block))))
-        self.ring.release(slot)
+        if self.keeps_slots:
+            self.kept[slot] = block
+        else:
+            self.ring.release(slot)
         return True
+
+    def is_lent(self, blob: int, block: int) -> bool:
+        return block in self.kept.values()
 
     def on_failed(self, blob: int, block: int, error: ModelMountError) -> None:
         self.errors.append(error)
@@ -156,6 +164,7 @@ def engine_on(area: int, source: MemorySource, *, fill: bool, indexed: bool = Tr
         on_failed=reader.on_failed,
         on_wrong=reader.on_wrong,
         on_lent=reader.on_lent,
+        is_lent=reader.is_lent,
         ring=ring,
         on_complete=reader.on_complete,
         hashes=[hashes() if indexed else None],
@@ -212,6 +221,29 @@ def test_readers_do_not_wait_for_a_slow_disk(area: int, indexed: bool) -> None:
         for block in absent:
             engine.want(0, block, 1, Priority.DEMAND)
         reader.wait(lambda: set(reader.got) >= set(absent))
+    assert_all_right(reader)
+    engine.stop()
+
+
+@pytest.mark.allow_logs
+def test_what_is_lent_is_not_fetched_again_until_it_is_given_back(area: int) -> None:
+    SlowWriter.full = True
+    source = MemorySource()
+    engine, reader = engine_on(area, source, fill=False)
+    reader.keeps_slots = True
+    engine.want(0, 3, 2, Priority.DEMAND)
+    reader.wait(lambda: set(reader.got) == {3, 4})
+    source.fetched.clear()
+    engine.want(0, 3, 3, Priority.DEMAND)
+    reader.wait(lambda: 5 in reader.got)
+    assert source.fetched == [(5 * BLOCK_BYTES, BLOCK_BYTES)]
+    for slot in reader.kept:
+        reader.ring.release(slot)
+    reader.kept.clear()
+    reader.got.clear()
+    engine.room_again()
+    engine.want(0, 3, 1, Priority.DEMAND)
+    reader.wait(lambda: 3 in reader.got)
     assert_all_right(reader)
     engine.stop()
 
