@@ -12,12 +12,14 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fakes.registry import FakeRegistry
 from support.node_process import NodeProcess, children_of
 
+from csi.cache import format as fmt
 from csi.control.supervisor import SupervisorClient
 from csi.errors import ControlError
 from csi.oci.digest import Digest
@@ -28,6 +30,9 @@ pytestmark = [pytest.mark.fuse, pytest.mark.timeout(3600)]
 ROUNDS = int(os.environ.get("MODELMOUNT_CRASH_ROUNDS", "10"))
 SEED = int(os.environ.get("MODELMOUNT_CRASH_SEED", "20"))
 SIZE = 9 * BLOCK_BYTES + 4321
+BLOCKS = 10
+BLOCK_S = 0.5
+"""What the registry takes for a block: so that some rounds begin in the middle of the download."""
 
 
 def pid_of(node: NodeProcess, role: str) -> int | None:
@@ -49,8 +54,11 @@ def test_random_kills_cost_no_byte_and_nothing_proven_is_fetched_again(
     content = chosen.randbytes(SIZE)
     digest = str(Digest.of(content))
     fake_registry.add_model("team/m", "v1", {"w.bin": content}, indexed=True)
+    del fake_registry.blobs[digest]
+    fake_registry.blob_readers[digest] = (SIZE, paced(content))
     wrong: list[str] = []
     reads = [0]
+    partial = 0
     stop = threading.Event()
     with NodeProcess(tmp_path / "node") as node:
         target = node.target()
@@ -77,6 +85,8 @@ def test_random_kills_cost_no_byte_and_nothing_proven_is_fetched_again(
             for _ in range(ROUNDS):
                 role = chosen.choice(["worker", "fetcher", "store"])
                 time.sleep(chosen.random() * 0.3)
+                there = blocks_there(node, digest)
+                asked = len(fake_registry.requests(digest))
                 with contextlib.suppress(ProcessLookupError):
                     if (pid := pid_of(node, role)) is not None:
                         os.kill(pid, signal.SIGKILL)
@@ -84,11 +94,16 @@ def test_random_kills_cost_no_byte_and_nothing_proven_is_fetched_again(
                 while reads[0] < before + 4 and not wrong:
                     assert time.monotonic() < deadline, f"no read came back after a kill of the {role}: {node.log()}"
                     time.sleep(0.01)
+                for request in fake_registry.requests(digest)[asked:]:
+                    again = there & blocks_of(request.range)
+                    assert not again, f"after a kill of the {role}, blocks {again} are fetched again: {node.log()}"
+                partial += 0 < len(there) < BLOCKS
         finally:
             stop.set()
             for reader in readers:
                 reader.join(130)
         assert wrong == []
+        print(f"{reads[0]} reads, {partial} rounds began in the middle of the download")
         assert (target / "w.bin").read_bytes() == content
         deadline = time.monotonic() + 60
         while not is_proven(node, digest):
@@ -108,6 +123,29 @@ def test_random_kills_cost_no_byte_and_nothing_proven_is_fetched_again(
             assert (target / "w.bin").read_bytes() == content
         assert fake_registry.requests(digest) == [], "what is proven is checked, not fetched"
         node.unpublish_all()
+
+
+def paced(content: bytes) -> Callable[[int, int], bytes]:
+    def read(offset: int, length: int) -> bytes:
+        time.sleep(BLOCK_S * length / BLOCK_BYTES)
+        return content[offset : offset + length]
+
+    return read
+
+
+def blocks_there(node: NodeProcess, digest: str) -> set[int]:
+    """Of one mount: they are marked, so their hashes were right."""
+    (path,) = (node.data_dir / "cache").glob(f"v*/*/mounts/*/{Digest.parse(digest).path_name}/{fmt.MAP_NAME}")
+    marks = path.read_bytes()[fmt.HEADER_BYTES :]
+    return {block for block, mark in enumerate(marks) if mark != fmt.Mark.ABSENT}
+
+
+def blocks_of(header: str | None) -> set[int]:
+    """Those that a request with that Range asks for, wholly or in part."""
+    if header is None:
+        return set(range(BLOCKS))
+    first, last = map(int, header.removeprefix("bytes=").split("-"))
+    return set(range(first // BLOCK_BYTES, last // BLOCK_BYTES + 1))
 
 
 def is_proven(node: NodeProcess, digest: str) -> bool:

@@ -27,6 +27,8 @@ from typing import Any
 _LARGEST = 3 << 20
 _SECTOR = 4096
 _DIFFERENCES = 32  # said of one read
+_NEAR = 64
+"""Differences that are no further apart are one span: random bytes are right now and then, but never so many in a row."""
 
 
 class Volume:
@@ -127,6 +129,7 @@ class Reader:
         if got != expected:
             differ = [[offset + at, got[at]] for at in range(min(len(got), len(expected))) if got[at] != expected[at]]
             what |= {"got_length": len(got), "differ": differ[:_DIFFERENCES], "differences": len(differ)}
+            what["spans"] = _spans([position for position, _ in differ])
             self._say(**what, began=began, ended=time.monotonic())
 
     def _pread(self, volume: Volume, name: str, offset: int, length: int) -> bytes:
@@ -175,6 +178,17 @@ class Reader:
     def _say(self, **what: Any) -> None:
         sys.stdout.write(json.dumps(what) + "\n")
         sys.stdout.flush()
+
+
+def _spans(positions: list[int]) -> list[tuple[int, int]]:
+    """First and end of each stretch of rising positions that are near each other."""
+    spans: list[tuple[int, int]] = []
+    for position in positions:
+        if spans and position - spans[-1][1] < _NEAR:
+            spans[-1] = spans[-1][0], position + 1
+        else:
+            spans.append((position, position + 1))
+    return spans
 
 
 def _whole(read: Callable[[int, int], bytes], offset: int, length: int) -> bytes:

@@ -3,7 +3,8 @@
 What a read may do, by what its volume was promised (docs/semantics.md):
 
 chunk, eager   the file's bytes; EIO for a block that a registry lies about
-whole          the same, or the very bytes a registry made up, until the blob is complete; then EIO
+whole          the same, or the very bytes a registry made up, until the blob is complete; then EIO. The same of what was
+               overwritten in the cache of a blob that was not complete: there is nothing to check it by until it is
 all            EIO once the deadline has passed while a registry (or what serves the mount) was away
 """
 
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ from support import checking_reader
 from support.model_plan import REGISTRIES, Plan
 from support.node_process import NodeProcess, alive, children_of
 
+from csi.cache.format import DATA_NAME, MAP_NAME, BlobState, is_segment, unpack_header
 from csi.control.supervisor import SupervisorClient
-from csi.errors import ControlError
+from csi.errors import CacheError, ControlError
 from csi.oci.digest import Digest
-from csi.stream.blocks import BLOCK_BYTES
+from csi.stream.blocks import BLOCK_BYTES, SEGMENT_BYTES
 
 DEADLINE_S = 12.0
 _SLACK_S = 15.0
@@ -54,6 +56,8 @@ class PlannedRegistry(FakeRegistry):
         super().__init__()
         self.lies: dict[str, dict[int, int]] = {}
         """Digest → position → how many more times."""
+        self.told: set[tuple[str, int]] = set()
+        """(digest, position) of the lies that somebody was told."""
         for model, names in _FILES.items():
             files = {f"{name}.bin": contents[name] for name in names}
             self.add_model(f"team/{model}", "indexed", files, indexed=True)
@@ -71,6 +75,7 @@ class PlannedRegistry(FakeRegistry):
                 for position, times in self.lies.get(digest, {}).items():
                     if times > 0 and offset <= position < offset + length:
                         self.lies[digest][position] = times - 1
+                        self.told.add((digest, position))
                         at = position - offset
                         answer = answer[:at] + bytes([answer[at] ^ 0x5A]) + answer[at + 1 :]
             return answer
@@ -96,6 +101,7 @@ class Slot:
     files: tuple[str, ...]
     verify: str
     began: float
+    mount_id: str = ""
 
 
 @dataclass(slots=True)
@@ -117,6 +123,24 @@ class Lie:
     span: Span
 
 
+@dataclass(frozen=True, slots=True)
+class Overwritten:
+    """Bytes of a blob that was not complete, in the cache of one mount: with `whole` they are believed until it is."""
+
+    mount_id: str
+    file: str
+    first: int
+    end: int
+    path: Path
+    inode: int
+
+    def is_there(self) -> bool:
+        """Else the cache has dropped it, and nobody reads it any more."""
+        with contextlib.suppress(OSError):
+            return self.path.stat().st_ino == self.inode
+        return False
+
+
 @dataclass(slots=True)
 class Memory:
     """What happened, so that what a reader says can be judged."""
@@ -125,8 +149,9 @@ class Memory:
     lies: list[Lie] = field(default_factory=list)
     tainted: list[tuple[int, str]] = field(default_factory=list)
     """(registry, file): a mount of `whole` or `eager` may have got a lie."""
-    damaged: set[str] = field(default_factory=set)
-    """Files of which something was damaged that may not be complete yet: with `whole` that is found once it is."""
+    overwritten: list[Overwritten] = field(default_factory=list)
+    damaged: bool = False
+    """Anything was, of any kind."""
 
 
 class ReaderProcess:
@@ -261,15 +286,23 @@ class Run:
                     time.sleep(0.1)
                     continue
                 if exc.code() is grpc.StatusCode.DATA_LOSS and any(
-                    lie.registry == registry and lie.file in new.files for lie in self._memory.lies
+                    lie.registry == registry and lie.file in new.files and self._was_told(lie)
+                    for lie in self._memory.lies
                 ):
                     return
                 if verify == "eager" and self._plan.cache_limit and exc.code() is grpc.StatusCode.ABORTED:
                     return  # what others use leaves it no room
                 raise WrongError(f"publish of {reference} ({promised}): {problem}") from None
+        new.mount_id = self._mount_id_of(new.target)
         self._slots[slot] = self._volumes[name] = new
         for reader in self._readers:
             reader.tell("open", volume=name, mount=str(new.target), plain=str(self._directory / model))
+
+    def _mount_id_of(self, target: Path) -> str:
+        for mount in self.node.status():
+            if str(target) in mount["targets"]:
+                return str(mount["mount_id"])
+        raise WrongError(f"{target} is published, and no mount has it: {self.node.status()}")
 
     def _do_unpublish(self, slot: int) -> None:
         if (old := self._slots.pop(slot, None)) is None:
@@ -279,7 +312,9 @@ class Run:
             self.node.unpublish(old.target, old.name)
         except grpc.RpcError as exc:
             raise WrongError(f"unpublish: {exc.code()}: {exc.details()}") from None
+        self._judge()
         self._forget_taint()
+        self._forget_overwritten()
 
     def _do_run(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -331,13 +366,13 @@ class Run:
         if not unused:
             return
         path = unused[int(which * len(unused))]
-        for name, content in self._contents.items():
-            if Digest.of(content).path_name in path.parts:
-                self._memory.damaged.add(name)
         size = path.stat().st_size
+        self._memory.damaged = True
+        beside = self._incomplete_links(path)  # asked before, and those of them that stay what they are
         match how:
             case "flip":
                 if size:
+                    self._note_overwritten(beside, int(at * size), int(at * size) + 1)
                     with open(path, "r+b") as file:
                         file.seek(int(at * size))
                         value = file.read(1)[0]
@@ -353,8 +388,38 @@ class Run:
                 shutil.copystat(path, other)
                 os.chown(other, path.stat().st_uid, path.stat().st_gid)
                 other.replace(path)
+                self._note_overwritten([link for link in beside if link == path], 0, size)
             case "remove":
                 path.unlink()
+
+    def _incomplete_links(self, path: Path) -> list[Path]:
+        """All names of that file under which a mount has bytes of a blob that is not known to be complete."""
+        inode, links = path.stat().st_ino, []
+        for link in self._cache_files():
+            with contextlib.suppress(OSError):
+                if link.stat().st_ino == inode and "mounts" in link.parts and _is_filling(link.with_name(MAP_NAME)):
+                    links.append(link)
+        return links
+
+    def _note_overwritten(self, links: list[Path], first: int, end: int) -> None:
+        """`first` and `end` within the file."""
+        for link in links:
+            if link.name == DATA_NAME:
+                start = 0
+            elif is_segment(link.name) and link.name[-5:].isdigit():
+                start = int(link.name[-5:]) * SEGMENT_BYTES
+            else:
+                continue
+            for file, content in self._contents.items():
+                if Digest.of(content).path_name == link.parent.name:
+                    mount_id, inode = link.parent.parent.name, link.stat().st_ino
+                    one = Overwritten(mount_id, file, start + first, start + end, link, inode)
+                    self._memory.overwritten.append(one)
+
+    def _forget_overwritten(self) -> None:
+        """What the cache has dropped of mounts that are gone: their readers have said everything."""
+        used = {slot.mount_id for slot in self._slots.values()}
+        self._memory.overwritten = [one for one in self._memory.overwritten if one.mount_id in used or one.is_there()]
 
     def _do_cut_live(self, which: float, at: float) -> None:
         """Of what a mount reads from this instant."""
@@ -442,7 +507,8 @@ class Run:
         self._cache_surely("df")
         if self._memory.damaged:
             self._cache_surely("prune")
-            self._memory.damaged.clear()
+            self._memory.damaged = False
+            self._memory.overwritten.clear()
         for number, model in enumerate(_FILES):
             self._do_publish(number, number % REGISTRIES, model, number != 1, "default", False)
             self._do_check(number)
@@ -511,22 +577,51 @@ class Run:
                 return False
             if ended - began > DEADLINE_S - 0.5 and self._is_away(began, ended):
                 return True
-            if volume.verify != "chunk":
+            if volume.verify == "whole":
                 tainted = (volume.registry, file) in self._memory.tainted
-                return tainted or (volume.verify == "whole" and file in self._memory.damaged)
+                return (tainted and any(self._told_to(volume, file))) or any(self._overwritten_of(volume, file))
             return any(
                 lie.file == file
+                and self._was_told(lie)
                 and lie.span.overlaps(began, ended)
                 and first // BLOCK_BYTES <= lie.position // BLOCK_BYTES <= (end - 1) // BLOCK_BYTES
                 for lie in self._memory.lies
             )
         if volume.verify != "whole" or report["got_length"] != max(0, min(end, _SIZES[file]) - first):
             return False
-        if file in self._memory.damaged:
-            return True
-        made_up = {
-            lie.position: self._contents[file][lie.position] ^ 0x5A
-            for lie in self._memory.lies
-            if lie.file == file and lie.registry == volume.registry
-        }
-        return all(made_up.get(position) == value for position, value in report["differ"])
+        made_up = {lie.position: self._contents[file][lie.position] ^ 0x5A for lie in self._told_to(volume, file)}
+        if report["differences"] == len(report["differ"]):
+            return all(
+                made_up.get(position) == value or self._was_overwritten(volume, file, position, position + 1)
+                for position, value in report["differ"]
+            )
+        return all(
+            self._was_overwritten(volume, file, *span) or (span[1] - span[0] == 1 and span[0] in made_up)
+            for span in report["spans"]
+        )
+
+    def _was_told(self, lie: Lie) -> bool:
+        return (str(Digest.of(self._contents[lie.file])), lie.position) in self._registries[lie.registry].told
+
+    def _told_to(self, volume: Slot, file: str) -> Iterator[Lie]:
+        for lie in self._memory.lies:
+            if lie.file == file and lie.registry == volume.registry and self._was_told(lie):
+                yield lie
+
+    def _was_overwritten(self, volume: Slot, file: str, first: int, end: int) -> bool:
+        """All of that span."""
+        for one in sorted(self._overwritten_of(volume, file), key=lambda one: one.first):
+            if one.first <= first:
+                first = max(first, one.end)
+        return first >= end
+
+    def _overwritten_of(self, volume: Slot, file: str) -> Iterator[Overwritten]:
+        for one in self._memory.overwritten:
+            if one.file == file and one.mount_id == volume.mount_id:
+                yield one
+
+
+def _is_filling(path: Path) -> bool:
+    with contextlib.suppress(OSError, CacheError):
+        return unpack_header(path.read_bytes()).state is BlobState.FILLING
+    return False
