@@ -14,7 +14,7 @@ BENCH ?=
 SURVIVAL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help need-root setup demo test test-fuse test-model test-csi conformance test-survival image e2e e2e-short e2e-figures e2e-external manifests docs bench lint fmt type proto proto-check check clean
+.PHONY: help need-root setup demo test test-fuse test-model test-csi conformance test-survival image e2e e2e-tools e2e-short e2e-figures e2e-external manifests docs bench lint fmt type proto proto-check check clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,13 +74,16 @@ e2e: need-root setup ## the chart on a real one-node Kubernetes built from Go mo
 ifdef KUBECONFIG
 	@KUBECONFIG=$(abspath $(KUBECONFIG)) $(BIN)/python -m pytest tests/e2e $(E2E)
 else
+	@$(MAKE) -s e2e-tools
+	@$(SUDO) unshare -m -n sh -c 'mount --make-rshared / && exec $(BIN)/python -m pytest tests/e2e $(E2E)'
+endif
+
+e2e-tools: need-root setup # what the suite's own cluster runs: Kubernetes, this image and another version's, a registry
 	@$(SUDO) tests/e2e/install-packages
 	@tests/e2e/build-kubernetes .tools/k8s
 	@$(MAKE) -s image
 	@$(SUDO) tests/e2e/build-other .tools/image .tools/other $(CURDIR)/.tools/k8s/helm
 	@PYTHONPATH=deploy/demo $(BIN)/python -c 'import pathlib, registry_process as r; r.find_or_install_registry(pathlib.Path(".tools"))'
-	@$(SUDO) unshare -m -n sh -c 'mount --make-rshared / && exec $(BIN)/python -m pytest tests/e2e $(E2E)'
-endif
 
 e2e-short: ## of it the chart, one inline volume, and node, keeper and worker killed under a reader (2 minutes)
 	@$(MAKE) -s e2e E2E='-k "test_chart or inline_volume or killed"'
@@ -88,7 +91,7 @@ e2e-short: ## of it the chart, one inline volume, and node, keeper and worker ki
 e2e-figures: ## seconds from pod to container, memory of each container, duration of an upgrade: printed, never judged
 	@MODELMOUNT_E2E_FIGURES=1 $(MAKE) -s e2e E2E='-s -k "figures or upgraded"'
 
-e2e-external: need-root setup ## the same suite as a KUBECONFIG user runs it, against a cluster of its own (root; after make e2e)
+e2e-external: e2e-tools ## the same suite as a KUBECONFIG user runs it, against a cluster of its own (root)
 	@$(SUDO) unshare -m -n sh -c 'mount --make-rshared / && cd tests && PYTHONPATH=.:../deploy/demo exec ../$(BIN)/python -m e2e.external $(RUN)'
 
 manifests: ## render the plain manifests from the chart (needs helm)

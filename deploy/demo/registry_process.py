@@ -46,7 +46,9 @@ def find_or_install_registry(tools_dir: Path) -> Path:
             raise RegistryUnavailableHereError(
                 f"apt-get download docker-registry failed: {fetched.stderr.strip()[-200:]}; run 'apt-get update' first"
             )
-        subprocess.run(["dpkg", "-x", str(packages[0]), str(tools_dir / "docker-registry")], check=True)
+        subprocess.run(["dpkg", "-x", str(packages[0]), f"{scratch}/unpacked"], check=True)
+        shutil.rmtree(tools_dir / "docker-registry", ignore_errors=True)
+        os.rename(f"{scratch}/unpacked", tools_dir / "docker-registry")  # all of it, or nothing
     return unpacked
 
 

@@ -189,7 +189,7 @@ class KubernetesApi:
         self.wait(f"pod {name} to be gone", lambda: self.get(path) is None, timeout_s)
 
     def events(self, name: str) -> list[str]:
-        """Reason and message of a pod's events."""
+        """Reason and message of the events of a pod or a claim of that name."""
         path = f"/api/v1/namespaces/default/events?fieldSelector=involvedObject.name={name}"
         return [f"{event['reason']}: {event['message']}" for event in self.request("GET", path)["items"]]
 

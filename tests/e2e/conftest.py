@@ -15,6 +15,7 @@ import pytest
 import requests
 from e2e.api import KubernetesApi
 from e2e.helm import ROOT, Helm
+from e2e.images import PROVISIONER_IMAGE
 from e2e.local_cluster import ADDRESS, LocalCluster
 from e2e.models import Model
 from e2e.remote_cluster import RemoteCluster
@@ -27,7 +28,8 @@ OTHER_IMAGE = os.environ.get("MODELMOUNT_E2E_OTHER_IMAGE", "localhost/modelmount
 OTHER_DIRECTORY = ROOT / ".tools" / "other"
 OTHER_ARCHIVE = OTHER_DIRECTORY / "image.tar"
 IMAGE_ARCHIVE = Path(os.environ.get("MODELMOUNT_E2E_IMAGE_ARCHIVE", ROOT / ".tools" / "image" / "modelmount.tar"))
-_NEEDED = ("kubelet", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl", "containerd", "runc")
+_KUBERNETES = ("kubelet", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl", "csi-provisioner")
+_NEEDED = (*_KUBERNETES, "containerd", "runc")
 
 
 @pytest.fixture(scope="session")
@@ -104,12 +106,12 @@ def values(cluster: KubernetesApi, registry_host: str) -> dict[str, Any]:
     values: dict[str, Any] = {
         "image": {"repository": repository, "tag": tag, "pullPolicy": cluster.pull_policy},
         "fetch.plainHTTPHosts": [registry_host],
-        "controller.provisioner.enabled": not cluster.is_local,  # its image is not to be had everywhere
         "storageClasses": [{"name": "models", "allowedRepositories": [f"{registry_host}/team/*"]}],
         "fetch.readDeadlineSeconds": 20,  # an outage ends within a test's time
     }
     if isinstance(cluster, LocalCluster):
         values |= {
+            "controller.provisioner.image": PROVISIONER_IMAGE,
             # How full this machine's disk is does not matter.
             "cache.minFreePercent": 1,
             "fetch.plainHTTPHosts": [registry_host, f"{ADDRESS}:5001", f"{ADDRESS}:5002"],

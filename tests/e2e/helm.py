@@ -53,7 +53,7 @@ class Helm:
 
     def uninstall(self) -> None:
         """And wait until its objects are gone."""
-        self.run("uninstall", "modelmount", "--namespace", NAMESPACE, "--wait", "--timeout=180s")
+        self.run("uninstall", "modelmount", "--namespace", NAMESPACE, "--wait", "--timeout=300s", timeout_s=330)
 
 
 def flags_of(values: dict[str, Any]) -> list[str]:

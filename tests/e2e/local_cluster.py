@@ -20,7 +20,7 @@ from typing import Any
 
 import requests
 from e2e.api import KubernetesApi
-from e2e.images import READER_IMAGE, busybox_image
+from e2e.images import PROVISIONER_IMAGE, READER_IMAGE, busybox_image, image_of
 
 from csi import mountinfo
 from csi.keeper import syscalls
@@ -72,6 +72,10 @@ class LocalCluster(KubernetesApi):
         self._start_controllers()
         self.start_containerd()
         self.import_image(busybox_image(Path("/bin/busybox").read_bytes()))
+        provisioner = (self._binaries / "csi-provisioner").read_bytes()
+        self.import_image(
+            image_of(PROVISIONER_IMAGE, "csi-provisioner", provisioner, {"Entrypoint": ["/bin/csi-provisioner"]})
+        )
         self.start_kubelet()
         self.wait("the node to be Ready", self.node_is_ready, 120)
 
@@ -82,6 +86,7 @@ class LocalCluster(KubernetesApi):
             self.kill_containers()
         for name in ("containerd", "kube-scheduler", "kube-controller-manager", "kube-apiserver", "etcd"):
             self.stop_process(name)
+        self._kill_shims()
         self.unmount_everything()
         if not self._shims_were_there:
             shutil.rmtree(_SHIMS, ignore_errors=True)
@@ -105,6 +110,7 @@ class LocalCluster(KubernetesApi):
         self.stop_process("kubelet", signal.SIGKILL)
         self.kill_containers(remove=False)
         self.stop_process("containerd", signal.SIGKILL)
+        self._kill_shims()
         self.unmount_everything()
         shutil.rmtree(self.state_dir, ignore_errors=True)
         shutil.rmtree(self.directory / "containerd-state", ignore_errors=True)
@@ -164,6 +170,19 @@ class LocalCluster(KubernetesApi):
                 self._ctr("tasks", "delete", "-f", identity)
                 self._ctr("containers", "delete", identity)
 
+    def _kill_shims(self) -> None:
+        """Those of our containerd: they outlive it, and after a reboot nothing would ask for them any more."""
+        address = os.fsencode(self._containerd_socket)
+        for directory in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                arguments = (directory / "cmdline").read_bytes().split(b"\0")
+                if arguments[0].endswith(b"/containerd-shim-runc-v2") and address in arguments:
+                    os.kill(int(directory.name), signal.SIGKILL)
+
+    @property
+    def _containerd_socket(self) -> str:
+        return str(self.directory / "containerd.sock")
+
     def models_mounted(self) -> list[str]:
         """Where models are mounted on the node, as the host sees it."""
         below = f"{self.directory}/"
@@ -185,8 +204,7 @@ class LocalCluster(KubernetesApi):
         return str(described.get("Labels", {}).get("io.kubernetes.container.name", ""))
 
     def _ctr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        address = str(self.directory / "containerd.sock")
-        command = [str(self._binaries / "ctr"), "-a", address, "-n", "k8s.io", *arguments]
+        command = [str(self._binaries / "ctr"), "-a", self._containerd_socket, "-n", "k8s.io", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     # --- the processes ------------------------------------------------------------------------------------------

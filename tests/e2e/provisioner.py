@@ -1,6 +1,4 @@
-"""What external-provisioner does for a claim, done here: its image cannot be had everywhere. The controller is the chart's,
-in its own container; only the sidecar's part, CreateVolume and DeleteVolume and the PersistentVolume between them, is ours.
-"""
+"""The controller's socket, spoken to beside external-provisioner: what it says to a repeat, or to another wish of that name."""
 
 from __future__ import annotations
 
@@ -12,12 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
-from e2e.api import DRIVER
 from e2e.local_cluster import LocalCluster
 
 from csi.wire import csi_pb2, csi_pb2_grpc
 
-FINALIZER = "external-provisioner.volume.kubernetes.io/finalizer"
 _REPEATED = (
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.CANCELLED,
@@ -75,54 +71,3 @@ def create_volume(cluster: LocalCluster, request: csi_pb2.CreateVolumeRequest) -
                 raise
         time.sleep(delay_s)
         delay_s = min(5.0, delay_s * 2)
-
-
-def persist(cluster: LocalCluster, claim: dict[str, Any], volume: csi_pb2.Volume) -> str:
-    """The PersistentVolume, bound to its claim in advance and held by the provisioner's finalizer. Returns its name."""
-    metadata = claim["metadata"]
-    name = f"pvc-{metadata['uid']}"
-    cluster.request(
-        "POST",
-        "/api/v1/persistentvolumes",
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolume",
-            "metadata": {
-                "name": name,
-                "annotations": {"pv.kubernetes.io/provisioned-by": DRIVER},
-                "finalizers": [FINALIZER],
-            },
-            "spec": {
-                "capacity": {"storage": str(volume.capacity_bytes)},
-                "accessModes": claim["spec"]["accessModes"],
-                "storageClassName": claim["spec"]["storageClassName"],
-                "persistentVolumeReclaimPolicy": "Delete",
-                "claimRef": {
-                    "apiVersion": "v1",
-                    "kind": "PersistentVolumeClaim",
-                    **{key: metadata[key] for key in ("name", "namespace", "uid")},
-                },
-                "csi": {
-                    "driver": DRIVER,
-                    "volumeHandle": volume.volume_id,
-                    "volumeAttributes": dict(volume.volume_context),
-                },
-            },
-        },
-    )
-    return name
-
-
-def provision(cluster: LocalCluster, claim: dict[str, Any]) -> str:
-    """Make the claim's PersistentVolume. Returns its name. Raises: grpc.RpcError as the controller answers."""
-    return persist(cluster, claim, create_volume(cluster, create_request(cluster, claim)))
-
-
-def unprovision(cluster: LocalCluster, name: str) -> None:
-    """After the claim's end: DeleteVolume, then the object and its finalizer go."""
-    path = f"/api/v1/persistentvolumes/{name}"
-    handle = cluster.request("GET", path)["spec"]["csi"]["volumeHandle"]
-    with controller_of(cluster) as controller:
-        controller.DeleteVolume(csi_pb2.DeleteVolumeRequest(volume_id=handle), timeout=30)
-    cluster.request("DELETE", path)
-    cluster.request("PATCH", path, {"metadata": {"finalizers": None}})

@@ -13,7 +13,7 @@ import requests
 from e2e.api import NAMESPACE, KubernetesApi
 from e2e.local_cluster import ADDRESS, LocalCluster
 from e2e.models import HASH, MOUNTS, Model, claim_of, inline, persistent_volume
-from e2e.provisioner import controller_of, create_request, create_volume, persist, provision, unprovision
+from e2e.provisioner import create_request, create_volume
 from registry_process import PASSWORD, USERNAME, RegistryProcess
 
 from csi.wire import csi_pb2
@@ -45,30 +45,41 @@ def test_two_versions_side_by_side_as_claims_of_persistent_volumes(cluster: Kube
         cluster.request("DELETE", f"/api/v1/persistentvolumes/model-{version}")
 
 
-def test_a_claim_per_version_names_its_model_by_an_annotation(
-    cluster: KubernetesApi, local_cluster: LocalCluster, model: Model
-) -> None:
-    """Two claims, two versions, in one pod; the tag is resolved once, by the controller.
+CLAIMS = "/api/v1/namespaces/default/persistentvolumeclaims"
+RECORDS = "/apis/csi.modelmount.dev/v1alpha1/modelvolumes"
 
-    The calls of external-provisioner are made by the suite (provisioner.py), everything else is the chart's.
-    """
-    claims = "/api/v1/namespaces/default/persistentvolumeclaims"
-    names = {}
+
+def claim_for(cluster: KubernetesApi, name: str, reference: str) -> None:
+    """A claim that names its model; external-provisioner, as the chart runs it, does the rest."""
+    claim = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": name, "annotations": {"csi.modelmount.dev/reference": reference}},
+        "spec": {
+            "accessModes": ["ReadOnlyMany"],
+            "storageClassName": "models",
+            "resources": {"requests": {"storage": "1Gi"}},
+        },
+    }
+    cluster.request("POST", CLAIMS, claim)
+
+
+def phase_of(cluster: KubernetesApi, path: str) -> str:
+    found = cluster.get(path)
+    return "gone" if found is None else str(found["status"].get("phase"))
+
+
+def wait_bound(cluster: KubernetesApi, name: str) -> str:
+    """The name of its PersistentVolume."""
+    cluster.wait(f"claim {name} to be bound", lambda: phase_of(cluster, f"{CLAIMS}/{name}") == "Bound", 90)
+    return str(cluster.request("GET", f"{CLAIMS}/{name}")["spec"]["volumeName"])
+
+
+def test_a_claim_per_version_names_its_model_by_an_annotation(cluster: KubernetesApi, model: Model) -> None:
+    """Two claims, two versions, in one pod; the tag is resolved once, by the controller."""
     for version in ("v1", "v2"):
-        claim = {
-            "apiVersion": "v1",
-            "kind": "PersistentVolumeClaim",
-            "metadata": {
-                "name": version,
-                "annotations": {"csi.modelmount.dev/reference": f"{model.repository}:{version}"},
-            },
-            "spec": {
-                "accessModes": ["ReadOnlyMany"],
-                "storageClassName": "models",
-                "resources": {"requests": {"storage": "1Gi"}},
-            },
-        }
-        names[version] = provision(local_cluster, cluster.request("POST", claims, claim))
+        claim_for(cluster, version, f"{model.repository}:{version}")
+    names = {version: wait_bound(cluster, version) for version in ("v1", "v2")}
     volumes = [{"name": v, "persistentVolumeClaim": {"claimName": v, "readOnly": True}} for v in ("v1", "v2")]
     mounts = [{"name": v, "mountPath": f"/{v}"} for v in ("v1", "v2")]
     command = (
@@ -76,44 +87,33 @@ def test_a_claim_per_version_names_its_model_by_an_annotation(
     )
     cluster.run_pod("claims", command, volumes, mounts)
     assert cluster.result("claims") == (0, f"{model.digests['v1']}\n{model.digests['v2']}")
-    listed = cluster.request("GET", "/apis/csi.modelmount.dev/v1alpha1/modelvolumes")["items"]
+    listed = cluster.request("GET", RECORDS)["items"]
     assert {item["spec"]["volumeName"]: item["spec"]["digest"] for item in listed} == {
         names[version]: model.references[version].rpartition("@")[2] for version in ("v1", "v2")
     }
     cluster.delete_pod("claims")
     for version in ("v1", "v2"):
-        cluster.request("DELETE", f"{claims}/{version}")
-        unprovision(local_cluster, names[version])
-    assert cluster.request("GET", "/apis/csi.modelmount.dev/v1alpha1/modelvolumes")["items"] == []
+        cluster.request("DELETE", f"{CLAIMS}/{version}")
+    cluster.wait("the records to go", lambda: cluster.request("GET", RECORDS)["items"] == [], 90)
 
 
-def test_a_claims_whole_life_as_external_provisioner_drives_it(
-    cluster: KubernetesApi, local_cluster: LocalCluster, model: Model
-) -> None:
+def test_a_claims_whole_life(cluster: KubernetesApi, local_cluster: LocalCluster, model: Model) -> None:
     """Repeats at once, a tag that moves, a controller that is replaced, another wish under the same name; then the claim's
-    end, which waits for its pod, and the volume's, which waits for its finalizer.
+    end, which waits for its pod, and its volume's and its record's.
     """
-    claims, moving = "/api/v1/namespaces/default/persistentvolumeclaims", f"{model.repository}:moving"
+    moving = f"{model.repository}:moving"
     _move_tag(model, "v1", "moving")
-    claim = cluster.request(
-        "POST",
-        claims,
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolumeClaim",
-            "metadata": {"name": "life", "annotations": {"csi.modelmount.dev/reference": moving}},
-            "spec": {
-                "accessModes": ["ReadOnlyMany"],
-                "storageClassName": "models",
-                "resources": {"requests": {"storage": "1Gi"}},
-            },
-        },
-    )
-    request = create_request(local_cluster, claim)
+    claim_for(cluster, "life", moving)
+    path = f"/api/v1/persistentvolumes/{wait_bound(cluster, 'life')}"
+    source = cluster.request("GET", path)["spec"]["csi"]
+    assert source["volumeAttributes"]["reference"].endswith(model.references["v1"].rpartition("@")[2])
+
+    request = create_request(local_cluster, cluster.request("GET", f"{CLAIMS}/life"))
     with ThreadPoolExecutor(max_workers=6) as threads:
         first, *others = threads.map(lambda _: create_volume(local_cluster, request), range(6))
     assert all(other == first for other in others)
-    assert first.volume_context["reference"].endswith(model.references["v1"].rpartition("@")[2])
+    assert first.volume_id == source["volumeHandle"]
+    assert first.volume_context["reference"] == source["volumeAttributes"]["reference"]
     _move_tag(model, "v2", "moving")
     (pod,) = cluster.driver_pods("controller")
     cluster.request("DELETE", f"/api/v1/namespaces/{NAMESPACE}/pods/{pod['metadata']['name']}")
@@ -125,31 +125,16 @@ def test_a_claims_whole_life_as_external_provisioner_drives_it(
         create_volume(local_cluster, other)
     assert refused.value.code() is grpc.StatusCode.ALREADY_EXISTS
 
-    name = persist(local_cluster, claim, first)
-
-    def phase_of(path: str) -> str:
-        found = cluster.get(path)
-        return "gone" if found is None else str(found["status"].get("phase"))
-
-    cluster.wait("the claim to be bound", lambda: phase_of(f"{claims}/life") == "Bound", 60)
     volumes = [{"name": "model", "persistentVolumeClaim": {"claimName": "life", "readOnly": True}}]
     cluster.run_pod("life", f"{HASH}; sleep 600", volumes, MOUNTS)
     cluster.wait_running("life")
-    cluster.request("DELETE", f"{claims}/life")
-    assert cluster.get(f"{claims}/life") is not None, "a claim that a pod uses stays"
+    cluster.request("DELETE", f"{CLAIMS}/life")
+    assert cluster.get(f"{CLAIMS}/life") is not None, "a claim that a pod uses stays"
     assert cluster.kubectl("exec", "life", "--", "cat", "/models/version.txt") == "v1"
     cluster.delete_pod("life")
-    cluster.wait("the claim to go", lambda: phase_of(f"{claims}/life") == "gone", 60)
-    path = f"/api/v1/persistentvolumes/{name}"
-    cluster.wait("the volume to be released", lambda: phase_of(path) == "Released", 60)
-    cluster.request("DELETE", path)
-    assert cluster.get(path) is not None, "the finalizer holds it until the record is deleted"
-    for _ in range(2):  # the second is a repeat
-        with controller_of(local_cluster) as controller:
-            controller.DeleteVolume(csi_pb2.DeleteVolumeRequest(volume_id=first.volume_id), timeout=30)
-    cluster.request("PATCH", path, {"metadata": {"finalizers": None}})
-    cluster.wait("the volume to go", lambda: cluster.get(path) is None, 30)
-    assert cluster.request("GET", "/apis/csi.modelmount.dev/v1alpha1/modelvolumes")["items"] == []
+    cluster.wait("the claim to go", lambda: phase_of(cluster, f"{CLAIMS}/life") == "gone", 60)
+    cluster.wait("the volume to go", lambda: cluster.get(path) is None, 90)
+    assert cluster.request("GET", RECORDS)["items"] == []
 
 
 def _move_tag(model: Model, version: str, tag: str) -> None:
@@ -161,28 +146,17 @@ def _move_tag(model: Model, version: str, tag: str) -> None:
     assert put.status_code == 201, put.text
 
 
-def test_a_claim_cannot_name_a_repository_its_class_does_not_list(
-    cluster: KubernetesApi, local_cluster: LocalCluster, registry_host: str
-) -> None:
-    claims = "/api/v1/namespaces/default/persistentvolumeclaims"
-    claim = {
-        "apiVersion": "v1",
-        "kind": "PersistentVolumeClaim",
-        "metadata": {
-            "name": "foreign",
-            "annotations": {"csi.modelmount.dev/reference": f"{registry_host}/other/model:v1"},
-        },
-        "spec": {
-            "accessModes": ["ReadOnlyMany"],
-            "storageClassName": "models",
-            "resources": {"requests": {"storage": "1Gi"}},
-        },
-    }
-    created = cluster.request("POST", claims, claim)
-    with pytest.raises(grpc.RpcError) as refused:
-        provision(local_cluster, created)
-    assert "allowedRepositories" in refused.value.details()
-    cluster.request("DELETE", f"{claims}/foreign")
+def test_a_claim_cannot_name_a_repository_its_class_does_not_list(cluster: KubernetesApi, registry_host: str) -> None:
+    claim_for(cluster, "foreign", f"{registry_host}/other/model:v1")
+
+    def explained() -> bool:
+        return any(
+            "ProvisioningFailed" in event and "allowedRepositories" in event for event in cluster.events("foreign")
+        )
+
+    cluster.wait("an event on the claim that says why", explained, 90)
+    assert phase_of(cluster, f"{CLAIMS}/foreign") == "Pending"
+    cluster.request("DELETE", f"{CLAIMS}/foreign")
 
 
 def test_a_sub_path_of_a_file_and_of_a_directory(cluster: KubernetesApi, model: Model) -> None:
@@ -355,8 +329,13 @@ def test_a_deployment_is_rolled_to_the_next_version_and_back_while_the_first_sta
         cluster.wait(f"{version} to serve alone", lambda wanted=version: serves(wanted), 90)  # type: ignore[misc]
     (mount,) = cluster.status()
     assert mount["digest"] in model.references["v1"]
-    blobs = mount["progress"]["blobs"]
-    assert all(blob["present_blocks"] == blob["blocks"] for blob in blobs)
+
+    def is_whole() -> bool:
+        (now,) = cluster.status()
+        return all(blob["present_blocks"] == blob["blocks"] for blob in now["progress"]["blobs"])
+
+    cluster.wait("all of it to be there", is_whole, 60)
+    (mount,) = cluster.status()
     assert mount["progress"].get("fetched_bytes", 0) == 0, "the way back fetched bytes again"
     cluster.request("DELETE", f"{path}/server")
 
