@@ -48,6 +48,13 @@ def model(fake_registry: FakeRegistry, tmp_path: Path) -> tuple[str, Path]:
     return f"{fake_registry.host}/team/model@{digest}", tmp_path / "expected"
 
 
+def served_mount_of(node: NodeProcess) -> dict[str, Any]:
+    """The same once a worker and a fetcher are there: they are started after the supervisor answers."""
+    while None in ((mount := mount_of(node))["worker_pid"], mount["fetcher_pid"]):
+        time.sleep(0.02)  # pytest's own time limit ends it
+    return mount
+
+
 def mount_of(node: NodeProcess) -> dict[str, Any]:
     """The one mount's status, as soon as a supervisor answers."""
     deadline = time.monotonic() + TIMEOUT_S
@@ -116,7 +123,7 @@ def test_supervisor_worker_and_fetcher_die_together_and_the_next_supervisor_star
     skip_without_resend(node)
     with CheckingReader(target / "model.bin", expected):
         for _ in range(3):
-            mount = mount_of(node)
+            mount = served_mount_of(node)
             for pid in (node.supervisors[-1].pid, mount["worker_pid"], mount["fetcher_pid"]):
                 os.kill(pid, signal.SIGKILL)
             node.supervisors[-1].wait()
