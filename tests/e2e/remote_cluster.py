@@ -37,3 +37,5 @@ class RemoteCluster(KubernetesApi):
         """End the proxy."""
         self._proxy.terminate()
         self._proxy.wait(10)
+        if self._proxy.stdout is not None:
+            self._proxy.stdout.close()
