@@ -207,6 +207,7 @@ class Run:
         self._plan, self._directory = plan, directory
         chosen = random.Random(plan.seed)
         self._contents = {name: chosen.randbytes(size) for name, size in _SIZES.items()}
+        self._digests = {name: str(Digest.of(content)) for name, content in self._contents.items()}
         self._registries = [PlannedRegistry(self._contents, plan.pace_s) for _ in range(REGISTRIES)]
         flags = [
             f"--read-deadline={DEADLINE_S:g}",
@@ -601,7 +602,7 @@ class Run:
         )
 
     def _was_told(self, lie: Lie) -> bool:
-        return (str(Digest.of(self._contents[lie.file])), lie.position) in self._registries[lie.registry].told
+        return (self._digests[lie.file], lie.position) in self._registries[lie.registry].told
 
     def _told_to(self, volume: Slot, file: str) -> Iterator[Lie]:
         for lie in self._memory.lies:
