@@ -138,6 +138,7 @@ def test_a_republish_that_may_not_read_any_more_is_ok_and_shows_as_health(
     target = modelmount_node.target()
     modelmount_node.publish(reference, target, secrets=SECRET)
     eventually(lambda: not reasons(modelmount_node, target))
+    assert (target / "config.json").read_bytes() == FILES["config.json"], "from here on it is in the cache"
     modelmount_node.publish(reference, target, secrets={"username": "tenant-a", "password": "revoked"})
     eventually(lambda: "AccessRefused" in reasons(modelmount_node, target))
     assert (target / "config.json").read_bytes() == FILES["config.json"]
