@@ -147,6 +147,8 @@ def test_a_registry_that_is_down(stage: Stage) -> None:
                     assert time.monotonic() - began < 10 * READ_DEADLINE_S, "the read's deadline, not for ever"
             finally:
                 stage.registry.faults.remove(outage)
+            # A moment long the kernel's second question after a failed read-ahead is answered as the first was.
+            stage.node.wait_until("reads to succeed again", lambda: is_readable(file.fileno(), absent))
             assert os.pread(file.fileno(), 4096, absent) == content[absent : absent + 4096], "and it is over"
 
 
@@ -177,6 +179,14 @@ def test_a_private_model_after_a_restart_of_node_and_supervisor(stage: Stage) ->
             assert [seen for seen in private.requests("/blobs/") if seen.authorization], "fetched with credentials"
         finally:
             stage.node.unpublish(target)
+
+
+def is_readable(fd: int, offset: int) -> bool:
+    """Whether a read there answers with bytes now."""
+    try:
+        return bool(os.pread(fd, 4096, offset))
+    except OSError:
+        return False
 
 
 def absent_offset(stage: Stage, target: str) -> int:
