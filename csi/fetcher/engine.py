@@ -167,6 +167,7 @@ class FetchEngine:
         with self._lock:
             self._stopping = True
             self._lock.notify_all()
+        self._intake.stop()
 
     def want(self, blob: int, first: int, count: int, priority: Priority) -> None:
         """Ask for blocks. Answers come by callback; blocks that are present get theirs at once."""

@@ -83,7 +83,7 @@ class Intake:
         self._writers, self._ring, self._counters, self._lock = writers, ring, counters, lock
         self._on_lent, self._on_written = on_lent, on_written
         self._being_written: set[tuple[int, int]] = set()  # lent, and on its way to the disk; under the lock
-        self._behind: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()
+        self._behind: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
         self._no_writes_until = 0.0
         self._write_time, self._receive_time = _Average(), _Average()  # seconds for a block
         self._disk_is_slow = False
@@ -174,10 +174,10 @@ class Intake:
         return Outcome.TAKEN if write.commit() else Outcome.DISPLACED
 
     def write_loop(self) -> None:
-        """Write what was lent, for ever: for a thread of its own."""
+        """Write what was lent, until `stop`: for a thread of its own."""
         assert self._ring is not None
-        while True:
-            blob, block, slot = self._behind.get()
+        while (lent := self._behind.get()) is not None:
+            blob, block, slot = lent
             content = self._ring.content(slot, blocks.block_length(self._writers[blob].size_bytes, block))
             begun = time.monotonic()
             try:
@@ -193,6 +193,10 @@ class Intake:
                 with self._lock:
                     self._being_written.discard((blob, block))
                 self._ring.release(slot)
+
+    def stop(self) -> None:
+        """`write_loop` ends once it has written what was lent before."""
+        self._behind.put(None)
 
     def _begin(self, blob: int, block: int) -> tuple[BlockWrite | None, bool]:
         """A write, or None and whether the cache refused it (else another took the block's place)."""

@@ -142,7 +142,11 @@ class Reader:
 def area(tmp_path: Path) -> Iterator[int]:
     fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
     SlowWriter.delay_s, SlowWriter.full, SlowWriter.room = 0.0, False, 0
+    before = set(threading.enumerate())
     yield fd
+    SlowWriter.delay_s = 0.0
+    for thread in set(threading.enumerate()) - before:  # an engine's threads end at their block, and write to `fd` until then
+        thread.join(20)
     os.close(fd)
 
 
