@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,24 @@ class KubernetesApi:
             capture_output=True,
             text=True,
             timeout=timeout_s,
-            env=os.environ | {"KUBECONFIG": str(self.kubeconfig)},
+            env=self._kubectl_env,
         )
         assert done.returncode == 0, f"kubectl {' '.join(arguments)[:200]}: {done.stderr[-1500:]}"
         return done.stdout
+
+    @contextlib.contextmanager
+    def kubectl_process(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        """A kubectl that runs meanwhile; killed at the end."""
+        command = [self._kubectl, *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=self._kubectl_env) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    @property
+    def _kubectl_env(self) -> dict[str, str]:
+        return os.environ | {"KUBECONFIG": str(self.kubeconfig)}
 
     def wait(self, what: str, condition: Callable[[], bool], timeout_s: float) -> None:
         """Poll until it holds. Raises: AssertionError with what the cluster says of itself."""

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import requests
 from e2e.api import DRIVER, NAMESPACE, KubernetesApi
 from e2e.helm import Helm
 from e2e.local_cluster import ADDRESS, NODE, LocalCluster
-from e2e.models import HASH, MOUNTS, Model, claim_of, inline, persistent_volume, push, sparse_model
+from e2e.models import HASH, MOUNTS, Model, claim_of, inline, persistent_volume
 from prometheus_client.parser import text_string_to_metric_families
 from registry_process import RegistryProcess
 
@@ -25,23 +26,45 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500), pytest.mark.usefixtures
 READER = (Path(__file__).parent / "reader.py").read_text(encoding="utf-8")
 
 
-@contextlib.contextmanager
-def reading(cluster: KubernetesApi, model: Model, name: str = "reader") -> Iterator[dict[str, Any]]:
-    """A pod that reads all the while; what it told at its end is in the value."""
-    command = ["python3", "-c", READER, "/models"]
-    cluster.run_pod(name, command, inline(model.references["v2"]), MOUNTS, image=cluster.driver_image)
+def start_reader(cluster: KubernetesApi, name: str, volumes: list[dict[str, Any]], *within_mib: int) -> None:
+    """A pod that reads all the while, and has begun to; of the whole model, or of its first MiB only."""
+    command = ["python3", "-c", READER, "/models", *map(str, within_mib)]
+    cluster.run_pod(name, command, volumes, MOUNTS, image=cluster.driver_image)
     cluster.wait_running(name)
     cluster.wait("the first reads", lambda: "reads" in cluster.kubectl("logs", name), 60)
-    told: dict[str, Any] = {}
-    yield told
-    time.sleep(1.5)  # reads after the last event count too
+
+
+def stop_reader(cluster: KubernetesApi, name: str) -> dict[str, Any]:
+    """Let it read the whole model once more, and end; what it told, in which nothing is wrong."""
     with contextlib.suppress(AssertionError):  # the reader may end, and this command with it, before it has returned
         cluster.kubectl("exec", name, "--", "touch", "/tmp/stop")
     status, message = cluster.result(name, 60)
-    told.update(json.loads(message))
     print(f"\n{name}: {message}")
+    told: dict[str, Any] = json.loads(message)
     assert (status, told["errors"], told["wrong"]) == (0, 0, 0), message
     assert told["reads"] > 20
+    return told
+
+
+def reads_go_on(cluster: KubernetesApi, name: str) -> None:
+    """Wait until a running reader tells of further reads, none of which failed or was wrong."""
+
+    def told() -> dict[str, Any]:
+        return dict(json.loads(cluster.kubectl("logs", name, "--tail=1")))
+
+    before = told()["reads"]
+    cluster.wait(f"{name} to read on", lambda: told()["reads"] > before + 20, 30)
+    assert (told()["errors"], told()["wrong"]) == (0, 0), told()
+
+
+@contextlib.contextmanager
+def reading(cluster: KubernetesApi, model: Model, name: str = "reader") -> Iterator[dict[str, Any]]:
+    """A pod that reads all the while; what it told at its end is in the value."""
+    start_reader(cluster, name, inline(model.references["v2"]))
+    told: dict[str, Any] = {}
+    yield told
+    time.sleep(1.5)  # reads after the last event count too
+    told.update(stop_reader(cluster, name))
 
 
 def delete_driver_pod(cluster: KubernetesApi, component: str) -> None:
@@ -123,66 +146,97 @@ def test_kubelet_is_restarted_while_a_pod_reads(
 def test_a_pod_deleted_while_the_driver_is_down_is_gone_when_it_is_back(
     cluster: KubernetesApi, local_cluster: LocalCluster, model: Model
 ) -> None:
-    cluster.run_pod("orphan", "sleep 3600", inline(model.references["v1"]), MOUNTS)
-    cluster.wait_running("orphan")
+    """Until then it reads on, as does another pod through all of it."""
     path = f"/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/modelmount-node"
     away = {"spec": {"template": {"spec": {"nodeSelector": {"e2e": "nowhere"}}}}}
-    cluster.request("PATCH", path, away)
-    cluster.wait("the node pod to be gone", lambda: cluster.driver_pods("node") == [], 60)
+    start_reader(cluster, "orphan", inline(model.references["v1"]))
+    with reading(cluster, model):
+        cluster.request("PATCH", path, away)
+        cluster.wait("the node pod to be gone", lambda: cluster.driver_pods("node") == [], 60)
+        try:
+            reads_go_on(cluster, "orphan")
+            cluster.request("DELETE", "/api/v1/namespaces/default/pods/orphan")
+            time.sleep(4)
+            assert cluster.pod("orphan")["metadata"]["deletionTimestamp"], "kubelet waits for the driver"
+        finally:
+            cluster.request("PATCH", path, {"spec": {"template": {"spec": {"nodeSelector": {"e2e": None}}}}})
+            cluster.wait_rolled_out("node")
+        cluster.wait_gone("orphan", 60)
+
+
+@contextlib.contextmanager
+def registry_that_fails(binary: Path, directory: Path) -> Iterator[RegistryProcess]:
+    """A registry that pods can reach, to be stopped."""
+    registry = RegistryProcess(binary, directory / "registry")
+    registry.start(f"{ADDRESS}:5002")
     try:
-        cluster.request("DELETE", "/api/v1/namespaces/default/pods/orphan")
-        time.sleep(4)
-        assert cluster.pod("orphan")["metadata"]["deletionTimestamp"], "kubelet waits for the driver"
+        yield registry
     finally:
-        cluster.request("PATCH", path, {"spec": {"template": {"spec": {"nodeSelector": {"e2e": None}}}}})
-        cluster.wait_rolled_out("node")
-    cluster.wait_gone("orphan", 60)
+        registry.stop()
+
+
+CACHED_MIB = 8
+ON_DEMAND = {"prefetch": "ondemand"}
+
+
+@contextlib.contextmanager
+def read_that_waits(cluster: KubernetesApi, pod: str) -> Iterator[subprocess.Popen[str]]:
+    """A process in the pod that reads the whole model, most of which is to come from a registry that is down. Its output is
+    the model's sha256.
+    """
+    read = ["sha256sum", "/models/weights/model.safetensors"]
+    with cluster.kubectl_process("exec", pod, "--", *read) as process:
+        yield process
 
 
 def test_a_pod_is_gone_in_seconds_while_its_registry_is_down(
     cluster: KubernetesApi, local_cluster: LocalCluster, registry_binary: Path, tmp_path: Path
 ) -> None:
-    registry = RegistryProcess(registry_binary, tmp_path / "registry")
-    registry.start(f"{ADDRESS}:5002")
-    try:
-        large = tmp_path / "large"
-        large.mkdir()
-        with open(large / "big.bin", "wb") as file:
-            file.truncate(2 << 30)
-        reference = push(large, f"{registry.host}/team/big:v1")
-        cluster.run_pod("stuck", "while :; do cat /models/big.bin > /dev/null; done", inline(reference), MOUNTS)
-        cluster.wait_running("stuck")
-    finally:
+    """Though one of its reads waits for what is not cached; what is cached is read right until the end."""
+    with registry_that_fails(registry_binary, tmp_path) as registry:
+        model = Model(registry.host, tmp_path, "team/waits", size_mib=64)
+        volumes = inline(model.references["v1"], volumeAttributes=ON_DEMAND | {"reference": model.references["v1"]})
+        start_reader(cluster, "stuck", volumes, CACHED_MIB)
+        reads_go_on(cluster, "stuck")
         registry.stop()
-    print(f"gone after {cluster.delete_pod('stuck'):.1f} s")
+        with read_that_waits(cluster, "stuck") as read:
+            reads_go_on(cluster, "stuck")
+            assert read.poll() is None, "it has nowhere to read from"
+            print(f"gone after {cluster.delete_pod('stuck'):.1f} s")
+        registry.start(registry.host)
+        cluster.run_pod("after", HASH, volumes, MOUNTS)
+        assert cluster.result("after") == (0, model.digests["v1"])
 
 
 def test_a_registry_outage_shows_in_the_pods_status_and_clears(
     cluster: KubernetesApi, local_cluster: LocalCluster, registry_binary: Path, tmp_path: Path
 ) -> None:
-    """With kubelet's feature gate CSIVolumeHealth, which asks for PersistentVolumes only, not for inline volumes."""
-    registry = RegistryProcess(registry_binary, tmp_path / "registry")
-    registry.start(f"{ADDRESS}:5002")
-    try:
-        volume = persistent_volume("health", {"reference": sparse_model(registry, 8 << 30)})
-        cluster.request("POST", "/api/v1/persistentvolumes", volume)
+    """With kubelet's feature gate CSIVolumeHealth, which asks for PersistentVolumes only, not for inline volumes. What is cached
+    is read all the while, and a read that waits for the rest ends with the right bytes.
+    """
+
+    def health() -> str:
+        return json.dumps(cluster.pod("health")["status"].get("volumeHealth", []))
+
+    with registry_that_fails(registry_binary, tmp_path) as registry:
+        model = Model(registry.host, tmp_path, "team/health", size_mib=64)
+        attributes = ON_DEMAND | {"reference": model.references["v1"]}
+        cluster.request("POST", "/api/v1/persistentvolumes", persistent_volume("health", attributes))
         cluster.create("persistentvolumeclaims", claim_of("health"))
         claimed = [{"name": "model", "persistentVolumeClaim": {"claimName": "health"}}]
-        cluster.run_pod("health", "sleep 3600", claimed, MOUNTS)
-        cluster.wait_running("health")
+        start_reader(cluster, "health", claimed, CACHED_MIB)
+        reads_go_on(cluster, "health")
         registry.stop()
-
-        def health() -> str:
-            return json.dumps(cluster.pod("health")["status"].get("volumeHealth", []))
-
-        cluster.wait("the outage to show in the pod's status", lambda: "RegistryUnreachable" in health(), 100)
-        registry.start(f"{ADDRESS}:5002")
+        with read_that_waits(cluster, "health") as read:
+            cluster.wait("the outage to show in the pod's status", lambda: "RegistryUnreachable" in health(), 100)
+            reads_go_on(cluster, "health")
+            registry.start(registry.host)
+            assert read.communicate(timeout=60)[0].split()[0] == model.digests["v1"]
         cluster.wait("the outage to be over in the pod's status", lambda: "RegistryUnreachable" not in health(), 100)
+        stop_reader(cluster, "health")
         cluster.delete_pod("health")
         cluster.request("DELETE", "/api/v1/namespaces/default/persistentvolumeclaims/health")
         cluster.request("DELETE", "/api/v1/persistentvolumes/health")
-    finally:
-        registry.stop()
 
 
 def test_the_node_is_rebooted(cluster: KubernetesApi, local_cluster: LocalCluster, release: Helm, model: Model) -> None:

@@ -145,8 +145,8 @@ def area(tmp_path: Path) -> Iterator[int]:
     before = set(threading.enumerate())
     yield fd
     SlowWriter.delay_s = 0.0
-    for thread in set(threading.enumerate()) - before:  # an engine's threads end at their block, and write to `fd` until then
-        thread.join(20)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)  # an engine's threads end at their block, and write to `fd` until then
     os.close(fd)
 
 
