@@ -8,18 +8,21 @@ from collections.abc import Callable
 
 from csi.errors import CacheError
 
+LARGEST_GRANT_BYTES = 2 * 1024**3
 _LOW_BYTES = 512 * 1024 * 1024
 """A second of a fast network: time enough to be given more."""
 _ASK_AGAIN_S = 2.0
 
 
 class Allowance:
-    """Thread-safe. `ask` must not block; it is called when little is left, again after 2 s while nothing comes."""
+    """Thread-safe. `tell` says to the store how it stands (see `settle`) and must not block; it is called when little is left,
+    again after 2 s while nothing comes.
+    """
 
-    def __init__(self, ask: Callable[[], None]) -> None:
-        self._ask = ask
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self.tell = tell
         self._left = 0
-        self._asked_at = 0.0
+        self._told_at = 0.0
         self._lock = threading.Lock()
 
     def take(self, size_bytes: int) -> None:
@@ -28,11 +31,11 @@ class Allowance:
             enough = self._left >= size_bytes
             if enough:
                 self._left -= size_bytes
-            ask = self._left < _LOW_BYTES and time.monotonic() - self._asked_at > _ASK_AGAIN_S
-            if ask:
-                self._asked_at = time.monotonic()
-        if ask:
-            self._ask()
+            tell = self._left < _LOW_BYTES and time.monotonic() - self._told_at > _ASK_AGAIN_S
+            if tell:
+                self._told_at = time.monotonic()
+        if tell:
+            self.tell()
         if not enough:
             raise CacheError("the cache has no room for more: its limit or the disk's free-space floor is reached")
 
@@ -40,4 +43,16 @@ class Allowance:
         """More was given."""
         with self._lock:
             self._left += size_bytes
-            self._asked_at = 0.0
+            self._told_at = 0.0
+
+    def settle(self, needed_bytes: int | None) -> tuple[int, int]:
+        """Give back what is not needed for the rest of the model; None: nobody knows yet how much that is. How much is left, and
+        how much more is wanted now.
+        """
+        with self._lock:
+            if needed_bytes is not None:
+                self._left = min(self._left, needed_bytes)
+            if self._left >= _LOW_BYTES:
+                return self._left, 0
+            wanted = LARGEST_GRANT_BYTES if needed_bytes is None else needed_bytes - self._left
+            return self._left, min(LARGEST_GRANT_BYTES, wanted)

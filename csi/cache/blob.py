@@ -178,6 +178,7 @@ class BlobWriter(_MappedBlob):
     ) -> None:
         super().__init__(area_fd, name, map_fd, size_bytes, writable=True)
         self._allowance = allowance
+        self._is_on_disk = map_fd >= 0
         self._writable: dict[int, _OpenFile] = {}
         self._allocating = threading.Lock()
         self._replacing = threading.Lock()  # held for no longer than it takes to change a mark or a name
@@ -235,6 +236,21 @@ class BlobWriter(_MappedBlob):
     def without_disk(cls, area_fd: int, digest: Digest, size_bytes: int) -> BlobWriter:
         """For a cache that cannot even hold the map: it has no block, and every write may fail."""
         return cls(area_fd, digest.path_name, -1, size_bytes)
+
+    def unallocated_bytes(self) -> int:
+        """How much of the disk the blob is still to take, when all of it is wanted."""
+        if not self._is_on_disk or self.is_shared or self.state is not BlobState.FILLING:
+            return 0
+        missing = 0
+        for segment in range(-(-self.size_bytes // blocks.SEGMENT_BYTES)):
+            try:
+                path = f"{self._name}/{fmt.segment_name(segment)}"
+                size = os.stat(path, dir_fd=self._area_fd, follow_symlinks=False).st_size
+            except OSError:
+                size = 0
+            if size == 0:
+                missing += blocks.segment_length(self.size_bytes, segment)
+        return missing
 
     def begin(self, block: int) -> BlockWrite | None:
         """Write a block anew. None when it need not be: it was put there by another, and is to be checked (see `is_kept`).

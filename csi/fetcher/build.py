@@ -83,10 +83,16 @@ class BuildService:
         self._lock = threading.Lock()
         self._waiting: dict[tuple[int, int], list[wire.Message]] = {}
         self._spools: dict[Digest, str] = {}
+        self._thread = threading.Thread(target=self._run, daemon=True, name="build")
 
     def start(self) -> None:
         """Serve in a thread."""
-        threading.Thread(target=self._run, daemon=True, name="build").start()
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its channel is open."""
+        return self._thread.is_alive()
 
     def use_origins(self, origins: Origins) -> None:
         """Other sources, or the same with other credentials."""

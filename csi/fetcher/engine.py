@@ -169,6 +169,10 @@ class FetchEngine:
             self._lock.notify_all()
         self._intake.stop()
 
+    def unallocated_bytes(self) -> int:
+        """How much of the disk the blobs are still to take."""
+        return sum(writer.unallocated_bytes() for writer in self._writers)
+
     def want(self, blob: int, first: int, count: int, priority: Priority) -> None:
         """Ask for blocks. Answers come by callback; blocks that are present get theirs at once."""
         with self._lock:

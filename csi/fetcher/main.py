@@ -84,7 +84,7 @@ class Fetcher:
         self._sources = MountSources()
         self._resolver = Resolver(self._answers, self._sources, signed_indexes)
         self._worker = WorkerLink(self._selector)
-        self._allowance = Allowance(lambda: self._answers.say({"op": "grant"}))
+        self._allowance = Allowance(self._say_room)
         self._mount: ServedMount | None = None
         self._build: BuildService | None = None
 
@@ -163,6 +163,7 @@ class Fetcher:
                 case "repeat":
                     answer.ok(request)
                     self._ready().tell_complete_again()
+                    self._allowance.tell()
                 case "announce":
                     wire.close_all(fds)
                     self._ready().announce()
@@ -251,6 +252,13 @@ class Fetcher:
             self._allowance,
         )
         self._build.start()
+
+    def _say_room(self) -> None:
+        """What the cache keeps free for us, and how much more we want. What a build will make of a layer is not known."""
+        building = self._build is not None and self._build.is_running
+        needed = None if self._mount is None or building else self._mount.needed_bytes()
+        left, wanted = self._allowance.settle(needed)
+        self._answers.say({"op": "grant", "left_bytes": left, "wanted_bytes": wanted})
 
     def _use_sources(self, request: wire.Message, fds: list[int]) -> None:
         """Fetch from these from now on. The first descriptor has the list, which may be too large for a message; a second is

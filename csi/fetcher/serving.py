@@ -94,6 +94,10 @@ class ServedMount:
         if self._engine is not None:
             self._engine.write_again()
 
+    def needed_bytes(self) -> int | None:
+        """How much of the disk the rest of the model takes. None before a worker has said what it consists of."""
+        return self._engine.unallocated_bytes() if self._engine is not None else None
+
     def challenge(self, challenges_fd: int) -> None:
         """The store has blobs of this mount, and wants our registry to show these blocks of them first."""
         wanted = json.loads(read_and_close(challenges_fd, _MAX_CHALLENGES_BYTES, "challenges"))
@@ -107,6 +111,7 @@ class ServedMount:
                 if spec.digest == digest and self._engine.adopt_shared(blob, fresh=fresh):
                     self._in_place.add(digest)
                     self._say_in_place(digest)
+            self._tell_when_all_is_here()
 
     def announce(self) -> None:
         """Say (again) which proven blobs are in place."""
@@ -177,6 +182,7 @@ class ServedMount:
         )
         self._specs = specs
         self._show_blocks()  # before the threads look for work
+        self._allowance.tell()
         self._engine.start()
         self._in_place = opened.in_place
         self.announce()
@@ -236,6 +242,12 @@ class ServedMount:
         if is_shareable(spec.size_bytes):
             told = {"digest": str(spec.digest), "size_bytes": spec.size_bytes, "origin": spec.origin}
             self._supervisor.say({"op": "complete", **told})
+        self._tell_when_all_is_here()
+
+    def _tell_when_all_is_here(self) -> None:
+        """Others may have the room that we do not need."""
+        if self.needed_bytes() == 0:
+            self._allowance.tell()
 
     def _on_damaged(self, blob: int) -> None:
         self._in_place.discard(self._specs[blob].digest)

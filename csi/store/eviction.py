@@ -47,6 +47,10 @@ class Disk:
     total_bytes: int
     free_bytes: int
 
+    def less(self, reserved_bytes: int) -> Disk:
+        """As it will be when what mounts may still allocate is allocated."""
+        return Disk(self.total_bytes, self.free_bytes - reserved_bytes)
+
 
 def room(limits: Limits, disk: Disk, used_bytes: int) -> int:
     """How many bytes may still be added; negative when there are too many."""

@@ -7,7 +7,7 @@
     backing  a descriptor of a proven blob that a mount has, for the kernel to read from; without one it is hashed first, and
              `proven` is said later
     doubt    a mount has found a block of a proven blob damaged: it has to be hashed again before it is `backing`
-    grant    how much more a mount may allocate, after eviction where it is needed
+    grant    what a mount may still allocate, and wants beyond it: how much more it may have, after eviction where it is needed
     ls, df, prune, verify, pin, unpin   what `modelmount cache` shows and does
 
 One thread reads the socket; another does what takes long (hashing, copying, verifying), at the lowest priority.
@@ -33,11 +33,11 @@ from csi.jail.confinement import Level
 from csi.oci.digest import Digest
 from csi.store import leftovers
 from csi.store.eviction import Entry, Kind, Limits, evict_for, room
+from csi.store.reserves import Reserves, share_of
 from csi.store.shelf import Shelf, parse_blobs
 
 log = logging.getLogger(__name__)
 
-_GRANT_BYTES = 2 * 1024**3
 _MAX_LIST_BYTES = 16 * 1024 * 1024
 
 
@@ -50,8 +50,7 @@ class Store:
         self._send_lock = threading.Lock()
         self._shelf: Shelf | None = None
         self._limits = Limits()
-        self._granted: dict[str, int] = {}
-        self._base: dict[str, int] = {}  # what an area held when its mount was granted something for the first time
+        self._reserves = Reserves()
         self._evicted_bytes = 0
         self._admission = threading.Lock()
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -105,7 +104,7 @@ class Store:
                 self._ready().doubt(_mount_id(request), Digest.parse(wire.field(request, "digest", str)))
                 return {}
             case "grant":
-                return {"size_bytes": self._grant(_mount_id(request))}
+                return {"size_bytes": self._grant(request)}
             case "verify":
                 self._work.put(lambda: self._administer(request))
                 return None
@@ -173,35 +172,29 @@ class Store:
                 return
             self._send({"op": "proven", "mount_id": mount_id, "digest": str(digest)})
 
-    def _grant(self, mount_id: str) -> int:
-        given = min(_GRANT_BYTES, max(0, self._make_room(_GRANT_BYTES)))
-        self._granted[mount_id] = self._granted.get(mount_id, 0) + given
+    def _grant(self, request: wire.Message) -> int:
+        mount_id = _mount_id(request)
+        left, wanted = wire.field(request, "left_bytes", int), wire.field(request, "wanted_bytes", int)
+        with self._admission:
+            self._reserves.tell(mount_id, max(0, left), self._ready().entries())
+            given = share_of(self._room_for(wanted), wanted) if wanted > 0 else 0
+            self._reserves.give(mount_id, given)
         return given
 
     def _make_room(self, wanted_bytes: int) -> int:
         """Evict what need not stay, if it must; how much may come now."""
-        shelf = self._ready()
         with self._admission:
-            entries = shelf.entries()
-            used = self._used(entries)
-            for entry in evict_for(self._limits, shelf.disk(), used, wanted_bytes, entries):
-                self._evict(entry)
-                used -= entry.size_bytes
-            return room(self._limits, shelf.disk(), used)
+            return self._room_for(wanted_bytes)
 
-    def _used(self, entries: Sequence[Entry]) -> int:
-        """What is on disk, and what mounts in use may still allocate."""
-        used = 0
-        live = {entry.name: entry.size_bytes for entry in entries if entry.kind is Kind.AREA and entry.in_use}
-        for mount_id in set(self._granted) - set(live):
-            del self._granted[mount_id]
-            self._base.pop(mount_id, None)
-        for entry in entries:
-            used += entry.size_bytes
-            if entry.name in live:
-                base = self._base.setdefault(entry.name, entry.size_bytes)
-                used += max(0, base + self._granted.get(entry.name, 0) - entry.size_bytes)
-        return used
+    def _room_for(self, wanted_bytes: int) -> int:
+        shelf = self._ready()
+        entries = shelf.entries()
+        reserved = self._reserves.total(entries)
+        used = sum(entry.size_bytes for entry in entries) + reserved
+        for entry in evict_for(self._limits, shelf.disk().less(reserved), used, wanted_bytes, entries):
+            self._evict(entry)
+            used -= entry.size_bytes
+        return room(self._limits, shelf.disk().less(reserved), used)
 
     def _evict(self, entry: Entry) -> None:
         if self._ready().remove(entry):
@@ -248,11 +241,14 @@ class Store:
                 return {"removed": [_described(entry) for entry in removed]}
         entries = shelf.entries()
         disk = shelf.disk()
+        with self._admission:
+            reserved = self._reserves.total(entries)
+        used = sum(entry.size_bytes for entry in entries)
         return {
             "entries": [_described(entry) for entry in entries],
-            "used_bytes": sum(entry.size_bytes for entry in entries),
-            "reserved_bytes": self._used(entries) - sum(entry.size_bytes for entry in entries),
-            "room_bytes": room(self._limits, disk, self._used(entries)),
+            "used_bytes": used,
+            "reserved_bytes": reserved,
+            "room_bytes": room(self._limits, disk.less(reserved), used + reserved),
             "limit_bytes": self._limits.max_bytes,
             "floor_bytes": int(disk.total_bytes * self._limits.min_free),
             "free_bytes": disk.free_bytes,

@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from csi.cache.allowance import LARGEST_GRANT_BYTES
 from csi.control import wire
 from csi.control.keeper import KeptSlot
 from csi.errors import ControlError, InvalidVolumeError, ModelMountError
@@ -99,7 +100,7 @@ class Fetching(Half):
             fill=self.filling or self._key.verify is not Verify.CHUNK,
             verify=str(self._key.verify),
             variant=self._key.view.variant,
-            allowance=await self._granted(),
+            allowance=await self._granted(left_bytes=0, wanted_bytes=LARGEST_GRANT_BYTES),
         )
         self.proven.update(map(str, reply.pop("origins", ())))
         self.index = str(reply.pop("index", "none"))
@@ -127,7 +128,6 @@ class Fetching(Half):
             return
         self.child.on_notification = self._on_notification
         # What it said meanwhile may be lost.
-        self._aside(self._grant_more())
         self._aside(self._ask_again(self.child))
 
     async def prove(self, fetcher: Child, reference: Reference) -> None:
@@ -306,17 +306,19 @@ class Fetching(Half):
         finally:
             wire.close_all(challenges_fds)
 
-    async def _granted(self) -> int:
-        """How much our fetcher may allocate (more) now; nothing while the store is away."""
+    async def _granted(self, *, left_bytes: int, wanted_bytes: int) -> int:
+        """How much more our fetcher may allocate now; nothing while the store is away."""
+        room: dict[str, Any] = {"left_bytes": left_bytes, "wanted_bytes": wanted_bytes}
         try:
-            fields, _ = await self._store.call("grant", _STORE_TIMEOUT_S, mount_id=self._key.mount_id)
+            fields, _ = await self._store.call("grant", _STORE_TIMEOUT_S, mount_id=self._key.mount_id, **room)
         except ModelMountError as exc:
             log.warning("mount %s: no room in the cache: %s", self._name, exc)
             return 0
         return int(fields.get("size_bytes", 0))
 
-    async def _grant_more(self) -> None:
-        given = await self._granted()
+    async def _grant_more(self, message: wire.Message) -> None:
+        left, wanted = wire.field(message, "left_bytes", int), wire.field(message, "wanted_bytes", int)
+        given = await self._granted(left_bytes=left, wanted_bytes=wanted)
         if given and self.child is not None:
             await self.child.call("grant", 5.0, size_bytes=given)
 
@@ -360,7 +362,7 @@ class Fetching(Half):
                 error = message.get("error") or {}
                 self._event(str(message.get("reason")), str(error.get("message", "")))
             case "grant":
-                self._aside(self._grant_more())
+                self._aside(self._grant_more(message))
             case "complete":
                 self._aside(self._tell_store("promote", message))
             case "proof":

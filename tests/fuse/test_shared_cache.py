@@ -186,6 +186,22 @@ def test_the_limit_is_kept_by_evicting_what_nobody_uses(
         assert cache(node, "df")["evicted_bytes"] > 0
 
 
+def test_a_complete_mount_leaves_to_others_the_room_that_it_does_not_use(
+    tmp_path: Path, fake_registry: FakeRegistry, content: bytes
+) -> None:
+    with NodeProcess(tmp_path / "node", f"--cache-limit={6 * SIZE}") as node:
+        for name in "ab":
+            fake_registry.add_model(f"team/{name}", "v1", {"w.bin": content + name.encode()}, indexed=True)
+            target = node.target()
+            node.publish(f"{fake_registry.host}/team/{name}:v1", target, name)
+            assert read(target) == content + name.encode()
+            wait_for(
+                lambda target=target: mount_at(node, target)["progress"]["blobs"][0]["present_blocks"] == 6,  # type: ignore[misc]
+                f"mount {name} is not kept: {cache(node, 'df')}",
+            )
+        node.unpublish_all()
+
+
 def test_with_no_room_at_all_everything_is_still_readable(
     tmp_path: Path, fake_registry: FakeRegistry, content: bytes
 ) -> None:
