@@ -67,7 +67,13 @@ class Mount:
         self._manifests = manifests
         self.fetching = Fetching(key, keeper, pool, store, settings, self._sources, self.event, self._on_new_fetcher)
         self.serving = Serving(
-            keeper, pool, settings, self.fetching.channel, self.event, recheck=key.verify is not Verify.CHUNK
+            keeper,
+            pool,
+            settings,
+            self.fetching.channel,
+            lambda: self.fetching.child is not None,
+            self.event,
+            recheck=key.verify is not Verify.CHUNK,
         )
         self.indexed = False
         self.wanted_at = 0.0

@@ -39,6 +39,7 @@ _LEAVE_GRACE_S = 2.0
 _BEAT_S = 2.0
 _BEAT_PATIENCE_S = 2.0
 _MISSED_BEATS = 2
+_CHANNEL_TIMEOUT_S = 5.0
 _SERVED_S = 0.2
 """A worker that lived so long has served: whoever waited has been answered, or waits for the network."""
 _LONGEST_DELAY_S = 5.0
@@ -46,8 +47,12 @@ _SLOT = "worker"
 
 
 class Serving(Half):
-    """Of one mount. `channel` makes a channel to its fetcher, `event` remembers what people should know. `recheck`: what was
-    read of archives before the mount was not verified then.
+    """Of one mount. `channel` makes a channel to its fetcher, and takes the one before from it; `has_fetcher` says whether there
+    is one now. `event` remembers what people should know. `recheck`: what was read of archives before the mount was not
+    verified then.
+
+    `_linking` is held from the making of a channel until the worker has it: of two under way, the fetcher would keep one and the
+    worker the other.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Serving(Half):
         pool: ChildPool,
         settings: SupervisorSettings,
         channel: Callable[[], Awaitable[socket.socket]],
+        has_fetcher: Callable[[], bool],
         event: Callable[[str, str], None],
         *,
         recheck: bool,
@@ -63,7 +69,8 @@ class Serving(Half):
         super().__init__(_LONGEST_DELAY_S)
         self._recheck = recheck
         self._keeper, self._pool, self._settings = keeper, pool, settings
-        self._channel, self._event = channel, event
+        self._channel, self._has_fetcher, self._event = channel, has_fetcher, event
+        self._linking = asyncio.Lock()
         self._fuse_fd = self._table_fd = self._tree_fd = self._area_fd = -1
         self._init = b""
         self._name = ""
@@ -120,11 +127,13 @@ class Serving(Half):
             raise
 
     async def use_new_fetcher(self) -> None:
-        """The worker gets a channel to it. Raises: ControlError."""
-        channel = await self._channel()
-        with channel:
-            if self.child is not None and self.child.alive:
-                await self.child.call("fetcher", 5.0, [channel.fileno()])
+        """The worker gets a channel to it; without a worker, its successor does when it serves. Raises: ControlError."""
+        async with self._linking:
+            worker = self.child
+            if worker is None or not worker.alive:
+                return
+            with await self._channel() as channel:
+                await worker.call("fetcher", _CHANNEL_TIMEOUT_S, [channel.fileno()])
 
     async def stats(self) -> dict[str, Any]:
         """Counters of reads. Empty while the worker is being replaced."""
@@ -169,18 +178,18 @@ class Serving(Half):
         worker.on_notification = self._on_notification
         # First: were we to die now, a worker that serves and that nobody knows of would be one too many.
         await self._keeper.keep(self.kept.mount_id, _SLOT, {"pid": worker.pid}, worker.handles)
-        channel = await self._channel()
-        with channel:
-            self.jail, _ = await worker.call(
-                "serve",
-                _SERVE_TIMEOUT_S,
-                [self._fuse_fd, self._table_fd, channel.fileno()],
-                init=self._init.hex(),
-                recheck=self._recheck,
-            )
-        if self.passing is not None:
-            await self.passing.tell(worker)
-        self.child = worker
+        async with self._linking:
+            with await self._channel() as channel:
+                self.jail, _ = await worker.call(
+                    "serve",
+                    _SERVE_TIMEOUT_S,
+                    [self._fuse_fd, self._table_fd, channel.fileno()],
+                    init=self._init.hex(),
+                    recheck=self._recheck,
+                )
+            if self.passing is not None:
+                await self.passing.tell(worker)
+            self.child = worker
 
     def _on_notification(self, message: wire.Message) -> None:
         if message.get("op") == "event":
@@ -234,7 +243,7 @@ class Serving(Half):
             if done:
                 return worker.exited.result()
             try:
-                await worker.call("ping", _BEAT_PATIENCE_S)
+                said, _ = await worker.call("ping", _BEAT_PATIENCE_S)
                 missed = 0
             except ControlError:
                 missed += 1
@@ -242,6 +251,21 @@ class Serving(Half):
                     log.error("mount %s: worker %d does not answer; it is killed", self._name, worker.pid)
                     self._event("WorkerHung", f"worker {worker.pid} answered nothing for {missed * _BEAT_S:g} s")
                     worker.kill()
+                continue
+            if not said.get("linked", True):  # an older worker does not say
+                await self._link_again(worker)
+
+    async def _link_again(self, worker: Child) -> None:
+        """Its channel has ended, and the fetcher may live: a supervisor before us died with one half handed over, or the one
+        end was lost with a process.
+        """
+        if not self._has_fetcher():
+            return  # the next one brings a channel
+        log.warning("mount %s: worker %d has no channel to the fetcher; it gets another", self._name, worker.pid)
+        try:
+            await self.use_new_fetcher()
+        except ModelMountError as exc:
+            log.warning("mount %s: %s; it is tried again", self._name, exc)
 
     async def _replace(self) -> None:
         """Nobody reads the connection now, so what RESEND queues again is given out once."""

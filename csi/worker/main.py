@@ -114,7 +114,8 @@ class Worker:
         match request.get("op"):
             case "ping":
                 serving = self._connection is not None
-                self._reply(wire.ok(request, pid=os.getpid(), jail=self._jail.as_fields(), serving=serving))
+                linked = self._fetcher is not None  # else the supervisor, which asks, sends another channel
+                self._reply(wire.ok(request, pid=os.getpid(), jail=self._jail.as_fields(), serving=serving, linked=linked))
             case "build":
                 self._start_build(request, fds)
             case "built":
@@ -293,6 +294,14 @@ class Worker:
         self._reader.ask_again()
 
     async def _listen_to_fetcher(self, channel: socket.socket) -> None:
+        """Until the channel ends, or another takes its place."""
+        try:
+            await self._hear_fetcher(channel)
+        finally:
+            if channel is self._fetcher:
+                self._fetcher = None
+
+    async def _hear_fetcher(self, channel: socket.socket) -> None:
         assert self._reader is not None
         with channel:
             while channel is self._fetcher:
@@ -307,7 +316,7 @@ class Worker:
                     log.warning("fetcher channel: %s", exc)
                     return
                 if received is None:
-                    return  # the supervisor starts another fetcher and sends its channel
+                    return  # the supervisor sends the channel of another fetcher, or hears that we have none
                 message, fds = received
                 if message.get("op") == "ring":
                     self._reader.use_ring(BorrowedBlocks(wire.exactly(fds, 1)[0]))
