@@ -115,7 +115,9 @@ class Worker:
             case "ping":
                 serving = self._connection is not None
                 linked = self._fetcher is not None  # else the supervisor, which asks, sends another channel
-                self._reply(wire.ok(request, pid=os.getpid(), jail=self._jail.as_fields(), serving=serving, linked=linked))
+                self._reply(
+                    wire.ok(request, pid=os.getpid(), jail=self._jail.as_fields(), serving=serving, linked=linked)
+                )
             case "build":
                 self._start_build(request, fds)
             case "built":

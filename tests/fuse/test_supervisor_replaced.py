@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from support.node_process import NodeProcess, alive, process_of
 from support.pause_reader import CheckingReader
 from support.separate_processes import SeparateProcesses
 
+from csi.control import wire
 from csi.control.keeper import KeeperClient
 from csi.control.supervisor import SupervisorClient
 from csi.errors import ControlError
@@ -269,6 +271,36 @@ def test_without_credentials_what_is_cached_is_read_and_the_rest_waits_for_the_r
             node.publish(reference, target, secrets=given, attributes={"prefetch": "ondemand"})
             reader.join(60)
             assert seen == [content[25 << 20 :][:5000]]
+
+
+def test_a_worker_whose_channel_was_half_handed_over_gets_another(
+    node: SeparateProcesses, fake_registry: FakeRegistry
+) -> None:
+    """The fetcher has a channel whose other end is gone, as when a supervisor dies between its two halves. Both live on."""
+    content = random.Random(11).randbytes(30 << 20)
+    digest = fake_registry.add_model("team/linked", "v1", {"model.bin": content}, indexed=True)
+    target = node.target()
+    node.publish(f"{fake_registry.host}/team/linked@{digest}", target, attributes={"prefetch": "ondemand"})
+    before = served_mount_of(node)
+    with open(target / "model.bin", "rb", buffering=0) as file:
+        for offset in (0, 25 << 20):
+            assert os.pread(file.fileno(), 5000, offset) == content[offset:][:5000]
+            take_the_channel(node, before["mount_id"])
+        assert os.pread(file.fileno(), 5000, 13 << 20) == content[13 << 20 :][:5000], "never read before"
+    after = mount_of(node)
+    assert (after["worker_pid"], after["fetcher_pid"]) == (before["worker_pid"], before["fetcher_pid"])
+    assert after["reads"]["failed_reads"] == 0
+
+
+def take_the_channel(node: NodeProcess, mount_id: str) -> None:
+    """The fetcher lets go of its worker for another one, which is gone already."""
+    collected = KeeperClient(str(node.state_dir)).collect(mount_id)
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs, socket.socket(fileno=os.dup(collected.slots["fetcher"].fds[0])) as control:
+            wire.send(control, {"id": 0, "op": "worker"}, [theirs.fileno()])
+    finally:
+        collected.close()
 
 
 def test_a_successor_that_dies_gives_the_mounts_back(node: SeparateProcesses, model: tuple[str, Path]) -> None:
