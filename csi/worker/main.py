@@ -5,7 +5,7 @@
     provide  that manifest
     load     a tree and the mount's cache area: everything that can go wrong before the connection is ours
     serve    a kept /dev/fuse connection, a channel to the fetcher; answered when requests are being served
-    fetcher  another channel, after the fetcher was replaced
+    fetcher  another channel, after the fetcher was replaced or the channel lost: `ping` is answered with whether there is one
     backings   which blobs the kernel may read by itself, and by which ids
     no_backing one that it may not any more; answered with whether it still is open so
     release  the last pod is gone: reads that wait for the network fail now, so that no process stays unkillable
