@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -56,6 +57,9 @@ class Process(Protocol):
 
     async def wait(self) -> int:
         """Until it has ended: its `returncode`."""
+
+    def send_signal(self, number: int, /) -> None:
+        """Raises: ProcessLookupError."""
 
     def kill(self) -> None:
         """SIGKILL. Raises: ProcessLookupError."""
@@ -180,6 +184,18 @@ class Child:
             return False
         return True
 
+    def resume(self) -> None:
+        """SIGCONT, to one that somebody has stopped; nothing where it is out of our reach."""
+        with contextlib.suppress(OSError, ValueError):  # asyncio's: it has ended
+            self.process.send_signal(signal.SIGCONT)
+
+    @property
+    def visible_pid(self) -> int:
+        """Where our /proc shows it; 0 for one that has ended, or that another container's supervisor has started."""
+        if isinstance(self.process, ForkedProcess):
+            return self.process.visible_pid
+        return self.pid if self.alive else 0
+
     def _on_readable(self) -> None:
         try:
             received = wire.recv(self._sock)
@@ -239,11 +255,23 @@ class ForkedProcess:
         """See `Process.wait`."""
         return await asyncio.shield(self._ended)
 
-    def kill(self) -> None:
-        """See `Process.kill`."""
+    @property
+    def visible_pid(self) -> int:
+        """See `Child.visible_pid`. `pid` may be a number of another name space."""
+        with contextlib.suppress(OSError, ValueError, StopIteration):
+            fields = Path(f"/proc/self/fdinfo/{self._fd}").read_text(encoding="ascii").splitlines()
+            return max(0, next(int(line.partition(":")[2]) for line in fields if line.startswith("Pid:")))
+        return 0
+
+    def send_signal(self, number: int) -> None:
+        """See `Process.send_signal`."""
         if self._fd < 0:
             raise ProcessLookupError(self._pid)
-        signal.pidfd_send_signal(self._fd, signal.SIGKILL)
+        signal.pidfd_send_signal(self._fd, number)
+
+    def kill(self) -> None:
+        """See `Process.kill`."""
+        self.send_signal(signal.SIGKILL)
 
     def ended(self, status: int) -> None:
         """It has, the nursery says."""

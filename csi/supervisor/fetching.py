@@ -24,6 +24,7 @@ from csi.oci.reference import Reference
 from csi.supervisor.area import open_area
 from csi.supervisor.child import Child, ChildPool, adopted
 from csi.supervisor.half import Half
+from csi.supervisor.heartbeat import end_of
 from csi.supervisor.kept import KeptMounts
 from csi.supervisor.lease import Source
 from csi.supervisor.passing import PassThrough
@@ -259,7 +260,7 @@ class Fetching(Half):
                 await self._replace()
                 continue
             fetcher, started = self.child, time.monotonic()
-            status = await asyncio.shield(fetcher.exited)
+            status = await end_of(fetcher, lambda what: self._event("FetcherHung", what))
             async with self._changing:
                 if self.child is not fetcher or self._stopping:
                     continue  # it was told to end

@@ -26,6 +26,7 @@ from csi.fuse.handshake import RESEND_MESSAGE, BackendName
 from csi.fuse.refusal import refuse_waiting
 from csi.supervisor.child import Child, ChildPool, adopted
 from csi.supervisor.half import Half
+from csi.supervisor.heartbeat import end_of
 from csi.supervisor.kept import KeptMounts
 from csi.supervisor.passing import PassThrough
 from csi.supervisor.settings import SupervisorSettings
@@ -36,9 +37,6 @@ _SERVE_TIMEOUT_S = 20.0
 _LEAVE_PATIENCE_S = 0.1
 """For what a worker holds when it is told to leave: reads that wait for the network are its successor's."""
 _LEAVE_GRACE_S = 2.0
-_BEAT_S = 2.0
-_BEAT_PATIENCE_S = 2.0
-_MISSED_BEATS = 2
 _CHANNEL_TIMEOUT_S = 5.0
 _SERVED_S = 0.2
 """A worker that lived so long has served: whoever waited has been answered, or waits for the network."""
@@ -215,7 +213,7 @@ class Serving(Half):
                 await self._replace()
                 continue
             worker, started = self.child, time.monotonic()
-            status = await self._end_of(worker)
+            status = await end_of(worker, lambda what: self._event("WorkerHung", what), self._on_beat)
             async with self._changing:
                 if self.child is not worker or self._stopping:
                     continue  # it was told to leave
@@ -233,35 +231,15 @@ class Serving(Half):
             if lived_s > _SERVED_S or self._unserved_since is None:
                 self._unserved_since = time.monotonic()
 
-    async def _end_of(self, worker: Child) -> int | None:
-        """Its exit status. One that answers nothing for some seconds is killed: stopped, or frozen in a read of the
-        connection.
-        """
-        missed = 0
-        while True:
-            done, _ = await asyncio.wait([worker.exited], timeout=_BEAT_S)
-            if done:
-                return worker.exited.result()
-            try:
-                said, _ = await worker.call("ping", _BEAT_PATIENCE_S)
-                missed = 0
-            except ControlError:
-                missed += 1
-                if missed >= _MISSED_BEATS and worker.alive:
-                    log.error("mount %s: worker %d does not answer; it is killed", self._name, worker.pid)
-                    self._event("WorkerHung", f"worker {worker.pid} answered nothing for {missed * _BEAT_S:g} s")
-                    worker.kill()
-                continue
-            if not said.get("linked", True):  # an older worker does not say
-                await self._link_again(worker)
-
-    async def _link_again(self, worker: Child) -> None:
-        """Its channel has ended, and the fetcher may live: a supervisor before us died with one half handed over, or the one
+    async def _on_beat(self, answer: wire.Message) -> None:
+        """Its channel may have ended, and the fetcher lives: a supervisor before us died with one half handed over, or the one
         end was lost with a process.
         """
-        if not self._has_fetcher():
-            return  # the next one brings a channel
-        log.warning("mount %s: worker %d has no channel to the fetcher; it gets another", self._name, worker.pid)
+        if (
+            answer.get("linked", True) or not self._has_fetcher()
+        ):  # an older worker does not say; a new fetcher brings one
+            return
+        log.warning("mount %s: worker %s has no channel to the fetcher; it gets another", self._name, answer.get("pid"))
         try:
             await self.use_new_fetcher()
         except ModelMountError as exc:

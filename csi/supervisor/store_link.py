@@ -16,6 +16,7 @@ from csi.cache.format import VERSION
 from csi.control import wire
 from csi.errors import ControlError, ModelMountError
 from csi.supervisor.child import Child, Role
+from csi.supervisor.heartbeat import end_of
 from csi.supervisor.ownership import give
 from csi.supervisor.settings import SupervisorSettings
 
@@ -102,7 +103,7 @@ class StoreLink:
     async def _watch(self) -> None:
         while True:
             if self._child is not None:
-                status = await asyncio.shield(self._child.exited)
+                status = await end_of(self._child, lambda what: None)  # which is in the log
                 self._child = None
                 self.restarts += 1
                 log.warning("the store ended with status %s; it is started again", status)

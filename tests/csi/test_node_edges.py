@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 from fakes.registry import FakeRegistry, Fault
+from support.hang import hung
 from support.node_process import COMMAND, NodeProcess, mounts_below, process_of, publish_request
 
 from csi.driver.capabilities import MOUNT_FLAGS
@@ -354,16 +355,12 @@ def test_probe_and_healthz_are_well_while_a_registry_is_down_and_a_worker_hangs(
     target = own_node.target()
     own_node.publish(model, target)
     fake_registry.faults.append(Fault(match="/", status=503, times=1_000_000))
-    worker = own_node.status()[0]["worker_pid"]
-    os.kill(worker, signal.SIGSTOP)
-    try:
+    with hung(own_node.status()[0]["worker_pid"]):
         assert code_of(lambda: own_node.publish("127.0.0.1:1/team/none:v1", own_node.target(), "vol-2")) is not OK
         for _ in range(20):
             assert probe(own_node) == (OK, True)
             assert healthz(own_node) == 200
             time.sleep(0.3)  # longer than the node's own look at its keeper
-    finally:
-        os.kill(worker, signal.SIGCONT)
     own_node.unpublish(target)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 from fakes.registry import FakeRegistry, Fault
+from support.hang import hung
 from support.node_process import NodeProcess
 
 from csi.wire import csi_pb2
@@ -101,16 +101,13 @@ def test_a_worker_that_hangs_shows_while_stats_and_probe_answer(
     fake_registry.faults.clear()
     eventually(lambda: not health(modelmount_node, published))
     worker = modelmount_node.status()[0]["worker_pid"]
-    os.kill(worker, signal.SIGSTOP)
-    try:
+    with hung(worker):
         assert "WorkerNotAnswering" in health(modelmount_node, published)
         request = csi_pb2.NodeGetVolumeStatsRequest(volume_id="vol-1", volume_path=str(published))
         started = time.monotonic()
         assert modelmount_node.node.NodeGetVolumeStats(request, timeout=5).usage
         assert time.monotonic() - started < 1
         assert modelmount_node.identity.Probe(csi_pb2.ProbeRequest(), timeout=5).ready.value
-    finally:
-        os.kill(worker, signal.SIGCONT)
     eventually(lambda: not health(modelmount_node, published))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from fakes.registry import FakeRegistry, model_manifest
+from support.hang import hung
 from support.node_process import NodeProcess, alive, process_of
 from support.pause_reader import CheckingReader
 from support.separate_processes import SeparateProcesses
@@ -24,6 +25,7 @@ from csi.control import wire
 from csi.control.keeper import KeeperClient
 from csi.control.supervisor import SupervisorClient
 from csi.errors import ControlError
+from csi.supervisor.heartbeat import look
 
 pytestmark = [pytest.mark.fuse, pytest.mark.timeout(200)]
 
@@ -369,16 +371,33 @@ def test_a_stopped_supervisor_that_ends_leaves_its_mounts_to_the_next(
         assert mount_of(node)["targets"] == [str(target)]
 
 
-def test_a_worker_that_is_stopped_is_replaced(node: SeparateProcesses, model: tuple[str, Path]) -> None:
+@pytest.mark.parametrize("role", ["worker", "fetcher"])
+def test_one_that_is_stopped_is_continued(node: SeparateProcesses, model: tuple[str, Path], role: str) -> None:
+    reference, expected = model
+    target = node.target()
+    node.publish(reference, target)
+    stopped = mount_of(node)[f"{role}_pid"]
+    with CheckingReader(target / "model.bin", expected):
+        os.kill(stopped, signal.SIGSTOP)
+        wait_for(node, "its supervisor to see it", lambda: f"{role.title()}Hung" in reasons_of(node))
+        wait_for(node, f"the {role} to run", lambda: look(stopped) is not None and look(stopped).state != "T")  # type: ignore[union-attr]
+    assert mount_of(node)[f"{role}_pid"] == stopped
+
+
+@pytest.mark.parametrize("role", ["worker", "fetcher"])
+def test_one_that_hangs_is_replaced(node: SeparateProcesses, model: tuple[str, Path], role: str) -> None:
     reference, expected = model
     target = node.target()
     node.publish(reference, target)
     skip_without_resend(node)
-    stopped = mount_of(node)["worker_pid"]
-    with CheckingReader(target / "model.bin", expected):
-        os.kill(stopped, signal.SIGSTOP)
-        wait_for(node, "another worker", lambda: mount_of(node)["worker_pid"] != stopped)
-    assert "WorkerHung" in [event["reason"] for event in mount_of(node)["events"]]
+    stuck = mount_of(node)[f"{role}_pid"]
+    with CheckingReader(target / "model.bin", expected), hung(stuck):
+        wait_for(node, "another one", lambda: mount_of(node)[f"{role}_pid"] not in (stuck, None))
+    assert f"{role.title()}Hung" in reasons_of(node)
+
+
+def reasons_of(node: SeparateProcesses) -> list[str]:
+    return [event["reason"] for event in mount_of(node)["events"]]
 
 
 def test_an_unpublish_does_not_wait_for_a_stopped_supervisor(node: SeparateProcesses, model: tuple[str, Path]) -> None:
