@@ -30,10 +30,11 @@ class Model:
         for version in ("v1", "v2"):
             source = directory / repository / version
             (source / "weights").mkdir(parents=True)
-            content = random.Random(version).randbytes(size_mib * _MIB)
+            weights = random.Random(f"{repository}:{version}")
+            blocks = [weights.randbytes(_MIB) for _ in range(size_mib)]
+            content = b"".join(blocks)
             (source / "weights" / "model.safetensors").write_bytes(content)
             (source / "version.txt").write_text(version)
-            blocks = [content[at : at + _MIB] for at in range(0, len(content), _MIB)]
             (source / "hashes.txt").write_text("\n".join(hashlib.sha256(block).hexdigest() for block in blocks))
             self.digests[version] = hashlib.sha256(content).hexdigest()
             self.references[version] = push(source, f"{self.repository}:{version}", *login)

@@ -175,7 +175,7 @@ def registry_that_fails(binary: Path, directory: Path) -> Iterator[RegistryProce
         registry.stop()
 
 
-CACHED_MIB = 8
+MODEL_MIB, READ_MIB = 256, 8  # what is fetched ahead of the reads is 128 MiB at most
 ON_DEMAND = {"prefetch": "ondemand"}
 
 
@@ -194,9 +194,9 @@ def test_a_pod_is_gone_in_seconds_while_its_registry_is_down(
 ) -> None:
     """Though one of its reads waits for what is not cached; what is cached is read right until the end."""
     with registry_that_fails(registry_binary, tmp_path) as registry:
-        model = Model(registry.host, tmp_path, "team/waits", size_mib=64)
+        model = Model(registry.host, tmp_path, "team/waits", size_mib=MODEL_MIB)
         volumes = inline(model.references["v1"], volumeAttributes=ON_DEMAND | {"reference": model.references["v1"]})
-        start_reader(cluster, "stuck", volumes, CACHED_MIB)
+        start_reader(cluster, "stuck", volumes, READ_MIB)
         reads_go_on(cluster, "stuck")
         registry.stop()
         with read_that_waits(cluster, "stuck") as read:
@@ -219,12 +219,12 @@ def test_a_registry_outage_shows_in_the_pods_status_and_clears(
         return json.dumps(cluster.pod("health")["status"].get("volumeHealth", []))
 
     with registry_that_fails(registry_binary, tmp_path) as registry:
-        model = Model(registry.host, tmp_path, "team/health", size_mib=64)
+        model = Model(registry.host, tmp_path, "team/health", size_mib=MODEL_MIB)
         attributes = ON_DEMAND | {"reference": model.references["v1"]}
         cluster.request("POST", "/api/v1/persistentvolumes", persistent_volume("health", attributes))
         cluster.create("persistentvolumeclaims", claim_of("health"))
         claimed = [{"name": "model", "persistentVolumeClaim": {"claimName": "health"}}]
-        start_reader(cluster, "health", claimed, CACHED_MIB)
+        start_reader(cluster, "health", claimed, READ_MIB)
         reads_go_on(cluster, "health")
         registry.stop()
         with read_that_waits(cluster, "health") as read:
