@@ -75,10 +75,11 @@ class KubernetesApi:
         return done.stdout
 
     @contextlib.contextmanager
-    def kubectl_process(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-        """A kubectl that runs meanwhile; killed at the end."""
+    def kubectl_process(self, *arguments: str, terminal: int | None = None) -> Iterator[subprocess.Popen[str]]:
+        """A kubectl that runs meanwhile, on a terminal or with its output in a pipe; killed at the end."""
         command = [self._kubectl, *arguments]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=self._kubectl_env) as process:
+        output = subprocess.PIPE if terminal is None else terminal
+        with subprocess.Popen(command, stdin=terminal, stdout=output, text=True, env=self._kubectl_env) as process:
             try:
                 yield process
             finally:

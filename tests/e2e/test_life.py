@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import time
@@ -386,6 +387,32 @@ def test_metrics_and_health_are_served_at_the_nodes_address(
         )
 
     cluster.wait("the metrics to tell of the model", told, 30)
+
+
+def test_status_and_doctor_answer_in_the_nodes_pod(cluster: KubernetesApi, model: Model) -> None:
+    """As an administrator calls them; the first also on a terminal."""
+    cluster.run_pod("measured", f"{HASH}; sleep 3600", inline(model.references["v1"]), MOUNTS)
+    cluster.wait_running("measured")
+    at = [f"--state-dir={cluster.state_dir}"]
+    told = cluster.driver_exec("node", "modelmount", "doctor", *at, "--output=json")
+    findings = {finding["subject"]: finding for finding in json.loads(told)["findings"]}
+    print(f"\n{told}")
+    assert findings.keys() >= {"kernel", "FUSE", "keeper", "supervisor", "disk", "clock"}
+    assert {findings[process]["verdict"] for process in ("keeper", "supervisor")} == {"ok"}
+    (pod,) = cluster.driver_pods("node")
+    command = ["exec", "-it", "-n", NAMESPACE, pod["metadata"]["name"], "-c", "node", "--"]
+    command += ["modelmount", "status", "--watch"]
+    terminal, theirs = pty.openpty()
+    try:
+        with cluster.kubectl_process(*command, *at, terminal=theirs):
+            shown = ""
+            deadline = time.monotonic() + 30
+            while shown.count(model.repository) < 2:  # drawn again
+                assert time.monotonic() < deadline, shown
+                shown += os.read(terminal, 65536).decode(errors="replace")
+    finally:
+        os.close(terminal)
+        os.close(theirs)
 
 
 def test_the_startup_taint_is_removed_when_the_driver_is_registered(
