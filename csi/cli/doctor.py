@@ -7,12 +7,13 @@ mounted is a failure, one that only costs something (speed, resilience) a warnin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -82,7 +83,7 @@ def examine(args: argparse.Namespace) -> Iterator[Finding]:
     yield cgroup_finding(os.path.exists("/sys/fs/cgroup/cgroup.controllers"))
     yield process_finding("keeper", keeper)
     yield process_finding("supervisor", _answer_of_supervisor(args.state_dir))
-    yield _disk(args.data_dir)
+    yield _disk(args.state_dir, args.data_dir)
     yield clock_finding(_adjtimex())
     if args.reference:
         yield _registry(args)
@@ -138,6 +139,24 @@ def process_finding(name: str, answer: str | None) -> Finding:
         Verdict.FAILURE,
         "does not answer",
         f"start 'modelmount {name}' (in a cluster: look at its DaemonSet's pod on this node), or name its --state-dir",
+    )
+
+
+def cache_finding(used: Mapping[str, Any]) -> Finding:
+    """From what the store says of its cache, as `modelmount cache df`: this process may well not see that disk, in a container."""
+    free, total, floor = (used[f"{name}_bytes"] for name in ("free", "total", "floor"))
+    found = f"{used['used_bytes'] / 1e9:,.1f} GB in the cache; {free / 1e9:,.1f} of {total / 1e9:,.1f} GB free"
+    if used["room_bytes"] > 0:
+        return Finding("disk", Verdict.OK, f"{found}, room for {used['room_bytes'] / 1e9:,.1f} GB more")
+    if free <= floor:
+        advice = (
+            f"{floor / 1e9:,.1f} GB stay free: free space, give the cache a disk, or lower --cache-min-free (chart: "
+        )
+        advice += "cache.minFreePercent)"
+    else:
+        advice = "raise --cache-limit (chart: cache.limit), or unpin what need not stay ('modelmount cache ls')"
+    return Finding(
+        "disk", Verdict.WARNING, f"{found}, no room for more", f"models still stream, but are not kept; {advice}"
     )
 
 
@@ -204,7 +223,11 @@ def _answer_of_supervisor(state_dir: str) -> str | None:
     return f"answers, {len(mounts)} models mounted"
 
 
-def _disk(data_dir: str) -> Finding:
+def _disk(state_dir: str, data_dir: str) -> Finding:
+    from csi.control.supervisor import SupervisorClient
+
+    with contextlib.suppress(ModelMountError, OSError):
+        return cache_finding(SupervisorClient(state_dir).cache("df"))
     existing = os.path.abspath(data_dir)
     while not os.path.isdir(existing):  # it is made at the first start
         existing = os.path.dirname(existing)

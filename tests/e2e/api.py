@@ -71,7 +71,7 @@ class KubernetesApi:
             timeout=timeout_s,
             env=self._kubectl_env,
         )
-        assert done.returncode == 0, f"kubectl {' '.join(arguments)[:200]}: {done.stderr[-1500:]}"
+        assert done.returncode == 0, f"kubectl {' '.join(arguments)[:200]}: {done.stdout[-1500:]}{done.stderr[-1500:]}"
         return done.stdout
 
     @contextlib.contextmanager

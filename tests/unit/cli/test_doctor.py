@@ -14,6 +14,9 @@ from csi.cli.main import main
 OK, WARNING, FAILURE = Verdict.OK, Verdict.WARNING, Verdict.FAILURE
 
 
+STORE = {"used_bytes": 10, "room_bytes": 30, "free_bytes": 50, "total_bytes": 100, "floor_bytes": 16}
+
+
 @pytest.mark.parametrize(
     ("finding", "verdict"),
     [
@@ -29,6 +32,9 @@ OK, WARNING, FAILURE = Verdict.OK, Verdict.WARNING, Verdict.FAILURE
         (doctor.cgroup_finding(False), WARNING),
         (doctor.process_finding("keeper", "answers, pid 1"), OK),
         (doctor.process_finding("keeper", None), FAILURE),
+        (doctor.cache_finding(STORE), OK),
+        (doctor.cache_finding(STORE | {"room_bytes": -1}), WARNING),
+        (doctor.cache_finding(STORE | {"room_bytes": 0, "free_bytes": 15}), WARNING),
         (doctor.disk_finding("/d", 100, 50, True), OK),
         (doctor.disk_finding("/d", 100, 17, True), OK),
         (doctor.disk_finding("/d", 100, 15, True), WARNING),
@@ -63,3 +69,8 @@ def test_a_registry_that_does_not_answer_is_a_failure_with_its_message(
 def test_watching_needs_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--watch", f"--state-dir={tmp_path}"]) == 2
     assert "--watch needs a terminal" in capsys.readouterr().err
+
+
+def test_a_cache_that_takes_nothing_more_says_which_limit_it_is() -> None:
+    assert "--cache-limit" in doctor.cache_finding(STORE | {"room_bytes": -1}).advice
+    assert "--cache-min-free" in doctor.cache_finding(STORE | {"room_bytes": -1, "free_bytes": 15}).advice
