@@ -81,6 +81,11 @@ def progress_of(mount: dict[str, Any]) -> tuple[int, int, str]:
     return present, total, f"unverified ({verified} of {len(blobs)} blobs verified)"
 
 
+def _named(mount: dict[str, Any], role: str) -> str:
+    """Its process; while nobody reads there may be none."""
+    return f"{role} resting" if mount.get(f"{role}_resting") else f"{role} {mount[f'{role}_pid']}"
+
+
 def _lines(mount: dict[str, Any], *, bar: bool = False) -> list[str]:
     present, total, verification = progress_of(mount)
     percent = 100 * present / total if total else 100.0
@@ -89,8 +94,8 @@ def _lines(mount: dict[str, Any], *, bar: bool = False) -> list[str]:
         f"  cached    {percent:5.1f} %  {present / 1e6:,.1f} of {total / 1e6:,.1f} MB, {mount['files']} files",
         f"  verify    {mount['verify']}: {verification}",
         f"  prefetch  {mount['prefetch']}",
-        f"  workers   worker {mount['worker_pid']} ({mount['worker_restarts']} restarts), "
-        f"fetcher {mount['fetcher_pid']} ({mount['fetcher_restarts']} restarts)",
+        f"  workers   {_named(mount, 'worker')} ({mount['worker_restarts']} restarts), "
+        f"{_named(mount, 'fetcher')} ({mount['fetcher_restarts']} restarts)",
         f"  survives  {'a crash of the worker' if mount['can_resend'] else 'planned upgrades only (kernel < 6.9)'}",
     ]
     if passing := mount.get("passthrough"):

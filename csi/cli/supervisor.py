@@ -143,6 +143,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--read-deadline", type=float, default=120.0, metavar="S", help="how long a read waits (default 120 s)"
     )
     group.add_argument(
+        "--idle-exit",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="end the worker of a mount that nobody reads for so long; the next read starts one, which takes it some 50 ms "
+        "(default 300 s; 0: never)",
+    )
+    group.add_argument(
         "--access-life",
         type=float,
         default=24.0,
@@ -191,6 +199,7 @@ def flags_of(args: argparse.Namespace) -> list[str]:
         f"--logins-kept={args.logins_kept}",
         f"--abandon-after={args.abandon_after}",
         f"--read-deadline={args.read_deadline}",
+        f"--idle-exit={args.idle_exit}",
         f"--access-life={args.access_life}",
         f"--read-ahead-kb={args.read_ahead_kb}",
         f"--fuse-backend={args.fuse_backend}",
@@ -249,6 +258,7 @@ def run(args: argparse.Namespace) -> int:
         patience_s=args.patience,
         unwanted_s=args.abandon_after,
         read_deadline_s=args.read_deadline,
+        idle_exit_s=args.idle_exit,
         access_life_s=args.access_life * 3600,
         spares=args.spares,
         jail=args.jail,

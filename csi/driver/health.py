@@ -91,6 +91,8 @@ def node_troubles(mounts: Sequence[Mapping[str, Any]]) -> list[Trouble]:
 
 
 def _worker(mount: Mapping[str, Any]) -> list[Trouble]:
+    if mount.get("worker_resting"):  # nobody reads
+        return []
     if not mount.get("worker_alive", True):
         text = f"reads wait for a new worker ({mount.get('worker_restarts', 0)} restarts so far)"
         return [Trouble(Severity.INACCESSIBLE, "WorkerRestarting", text)]

@@ -67,6 +67,10 @@ class Backend(Protocol):
     async def wait_stopped(self) -> None:
         """For callers that must not return before the last reply is out."""
 
+    @property
+    def idle_s(self) -> float:
+        """For how long there was nothing to answer; 0.0 while something waits for its answer."""
+
 
 class NoSuchEntryError(Exception):
     """A name or inode that the tree does not have. Carries an errno."""

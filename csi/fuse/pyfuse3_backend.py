@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -37,9 +38,21 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
+class _Activity:
+    """What is being answered, and when there was something last. One session per process."""
+
+    def __init__(self) -> None:
+        self.answering = 0
+        self.last_at = time.monotonic()
+
+
+_activity = _Activity()
+
+
 def _guard(handler: Callable[_P, Awaitable[_R]]) -> Callable[_P, Coroutine[Any, Any, _R]]:
     @functools.wraps(handler)
     async def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        _activity.answering += 1
         try:
             return await handler(*args, **kwargs)
         except pyfuse3.FUSEError:
@@ -54,6 +67,9 @@ def _guard(handler: Callable[_P, Awaitable[_R]]) -> Callable[_P, Coroutine[Any, 
         except Exception:
             log.exception("%s failed by a bug", handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from None
+        finally:
+            _activity.answering -= 1
+            _activity.last_at = time.monotonic()
 
     return guarded
 
@@ -194,6 +210,11 @@ class Pyfuse3Backend:
         """See `Backend.stop`."""
         if self._running:
             pyfuse3.terminate()
+
+    @property
+    def idle_s(self) -> float:
+        """See `Backend.idle_s`."""
+        return 0.0 if _activity.answering else time.monotonic() - _activity.last_at
 
     async def wait_stopped(self) -> None:
         """See `Backend.wait_stopped`."""

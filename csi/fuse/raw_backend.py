@@ -21,6 +21,7 @@ import functools
 import logging
 import mmap
 import os
+import time
 from collections.abc import Callable
 
 import trio
@@ -62,6 +63,8 @@ class RawBackend:
         self._backings = Backings(namespace.tree) if backings is None else backings
         self.counters = {"opens": 0, "passed_opens": 0}
         self._fd = -1
+        self._asked_at = time.monotonic()
+        self._waiting_reads = 0
         self._receiving: trio.CancelScope | None = None
         self._stopped = trio.Event()
         self._slot_freed = trio.Event()
@@ -108,9 +111,15 @@ class RawBackend:
         if self._receiving is not None:
             await self._stopped.wait()
 
+    @property
+    def idle_s(self) -> float:
+        """See `Backend.idle_s`."""
+        return 0.0 if self._waiting_reads else time.monotonic() - self._asked_at
+
     async def _receive(self, spill: memoryview) -> None:
         while True:
             await trio.lowlevel.wait_readable(self._fd)
+            self._asked_at = time.monotonic()
             for _ in range(_REQUESTS_PER_WAKE_UP):
                 slot = self._table.acquire()
                 if slot is None:
@@ -160,6 +169,7 @@ class RawBackend:
             if self._read_now(slot, unique, nodeid, offset, size):
                 return None
             answered = trio.Event()
+            self._waiting_reads += 1
             self._nursery.start_soon(self._read, slot, unique, nodeid, offset, size, answered)
             return answered
         if opcode in wire.UNANSWERED:
@@ -209,6 +219,8 @@ class RawBackend:
             error = errno.EIO
         # No await up to here since the reader filled its buffer.
         self._reply(slot, unique, view, error)
+        self._waiting_reads -= 1
+        self._asked_at = time.monotonic()
         answered.set()
 
     def _reply(self, slot: int, unique: int, payload: bytes | memoryview, error: int = 0) -> None:

@@ -39,6 +39,7 @@ _START_TIMEOUT_S = 20.0
 _STORE_TIMEOUT_S = 5.0
 _PROOF_TIMEOUT_S = 300.0  # one block, however slow the link: who publishes hears before that it takes time
 _STATS_LIMIT_BYTES = 64 * 1024 * 1024
+_AWAKE_PATIENCE_S = 10.0
 _FIRST_DELAY_S = 0.2  # after a start that failed
 _LONGEST_DELAY_S = 10.0
 _SLOT = "fetcher"
@@ -60,11 +61,17 @@ class Fetching(Half):
         sources: Callable[[], list[Source]],
         event: Callable[[str, str], None],
         on_replaced: Callable[[], Awaitable[None]],
+        may_rest: Callable[[], bool],
     ) -> None:
         super().__init__(_LONGEST_DELAY_S)
         self._key, self._name = key, key.mount_id[:8]
         self._keeper, self._pool, self._store, self._settings = keeper, pool, store, settings
         self._sources, self._event, self._on_replaced = sources, event, on_replaced
+        self._may_rest = may_rest
+        self._wanted = asyncio.Event()
+        self._last_stats: dict[str, Any] = {}
+        self.resting = False
+        """The model is complete and nobody reads it, so no fetcher runs; the next worker, or question, starts one."""
         self._asides: set[asyncio.Task[None]] = set()
         self._next: Child | None = None
         self._layout_fd = -1
@@ -145,6 +152,8 @@ class Fetching(Half):
 
     async def prepare_next(self) -> None:
         """Start a fetcher of our own beside one that an earlier supervisor started. Raises: as `start`."""
+        if self.resting:
+            return
         fetcher = await self._pool.take("fetcher")
         try:
             await self.start(fetcher, self._sources())
@@ -174,7 +183,8 @@ class Fetching(Half):
             await self.keep()
 
     async def channel(self) -> socket.socket:
-        """A fresh pair: one end goes to the fetcher now, the other is the worker's."""
+        """A fresh pair: one end goes to the fetcher now, the other is the worker's. One that rests is started."""
+        self._wanted.set()
         worker_end, fetcher_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with fetcher_end:
             if self.child is not None:
@@ -210,9 +220,9 @@ class Fetching(Half):
                     await self.child.call("fill", 5.0)
 
     async def stats(self) -> dict[str, Any]:
-        """Progress and counters. Empty while the fetcher is being replaced."""
+        """Progress and counters. Those of the last fetcher while none is needed, none while it is being replaced."""
         if self.child is None:
-            return {}
+            return self._last_stats if self.resting else {}
         try:
             _, (stats_fd,) = await self.child.call("stats", 2.0)
         except ControlError:
@@ -255,12 +265,15 @@ class Fetching(Half):
 
     async def _watch(self) -> None:
         while not self._stopping:
+            if self.resting:
+                await self._wanted.wait()
+                self.resting = False
             if self.child is None:
                 await asyncio.sleep(self._restarts.delay_s)
                 await self._replace()
                 continue
             fetcher, started = self.child, time.monotonic()
-            status = await end_of(fetcher, lambda what: self._event("FetcherHung", what))
+            status = await end_of(fetcher, lambda what: self._event("FetcherHung", what), self._on_beat)
             async with self._changing:
                 if self.child is not fetcher or self._stopping:
                     continue  # it was told to end
@@ -269,6 +282,35 @@ class Fetching(Half):
             self.restarts += 1
             self._event("FetcherRestarting", f"fetcher {fetcher.pid} ended with status {status}")
             self._restarts.note_death(time.monotonic() - started)
+
+    async def awake(self) -> Child:
+        """The fetcher, started if it rests. Raises: ControlError when there is none for a while."""
+        self._wanted.set()
+        try:
+            async with asyncio.timeout(_AWAKE_PATIENCE_S):
+                while (fetcher := self.child) is None:
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise ControlError(f"mount {self._name}: its fetcher is being replaced; try again") from None
+        return fetcher
+
+    async def _on_beat(self, answer: wire.Message) -> None:
+        """A fetcher that has brought everything, and whom no worker needs, ends. Where something is missing it stays: it has the
+        credentials, also when we die.
+        """
+        if not self._may_rest():
+            return
+        stats = await self.stats()
+        if not _is_complete(stats):
+            return
+        async with self._changing:
+            if self._stopping or self.child is None or not self._may_rest():
+                return
+            fetcher, self.child = self.child, None
+            self._wanted.clear()
+            self.resting, self._last_stats = True, stats
+        await fetcher.stop()
+        log.info("mount %s: nobody reads and nothing is missing; its fetcher has ended until somebody does", self._name)
 
     async def _replace(self) -> None:
         delay_s = _FIRST_DELAY_S
@@ -385,6 +427,13 @@ class Fetching(Half):
         task = asyncio.create_task(run())
         self._asides.add(task)
         task.add_done_callback(self._asides.discard)
+
+
+def _is_complete(stats: dict[str, Any]) -> bool:
+    blobs = stats.get("blobs") or []
+    return all(blob["state"] == "verified" and blob["present_blocks"] == blob["blocks"] for blob in blobs) and bool(
+        blobs
+    )
 
 
 def _origins(sources: list[Source]) -> list[str]:

@@ -65,7 +65,17 @@ class Mount:
         self._keeper, self._pool, self._records, self._settings = keeper, pool, records, settings
         self._store = store
         self._manifests = manifests
-        self.fetching = Fetching(key, keeper, pool, store, settings, self._sources, self.event, self._on_new_fetcher)
+        self.fetching = Fetching(
+            key,
+            keeper,
+            pool,
+            store,
+            settings,
+            self._sources,
+            self.event,
+            self._on_new_fetcher,
+            lambda: self.serving.resting,
+        )
         self.serving = Serving(
             keeper,
             pool,
@@ -201,7 +211,7 @@ class Mount:
         await asyncio.gather(self.fetching.adopt(slots.get("fetcher")), self.serving.adopt(slots.get("worker")))
         if self.serving.child is not None and self.serving.passing is not None:
             await self.serving.passing.begin_anew(self.serving.child)
-            await self.fetching.announce()
+        await self.fetching.announce()
         self.serving.watch()
         self.fetching.watch()
 
@@ -223,8 +233,8 @@ class Mount:
 
     @property
     def is_ours(self) -> bool:
-        """Whether a worker serves it that this supervisor has started."""
-        return self.dead or (self.serving.child is not None and self.serving.child.is_ours)
+        """Whether the worker that serves it, or will, is one that this supervisor has started."""
+        return self.dead or self.serving.is_ours
 
     def pause(self) -> None:
         """Another supervisor takes over: do nothing, while worker and fetcher go on."""
@@ -271,18 +281,15 @@ class Mount:
             log.error("%s", exc)
 
     async def _fetch_manifest(self, digest: Digest) -> SentManifest:
-        if self.fetching.child is None:
-            raise ControlError(f"mount {self.mount_id[:8]}: its fetcher is gone; try again")
+        fetcher = await self.fetching.awake()
         try:
-            child = await resolve(
-                self.fetching.child, self.reference.with_digest(digest), self._first_credentials, self._settings
-            )
+            child = await resolve(fetcher, self.reference.with_digest(digest), self._first_credentials, self._settings)
             self._manifests.keep(self.key.domain, kept_of(child), _OF_AN_INDEX)
         except RegistryUnavailableError:
             kept = self._manifests.get(self.key.domain, digest, _OF_AN_INDEX)
             if kept is None:
                 raise
-            child = await resolve_known(self.fetching.child, kept, self.reference.origin)
+            child = await resolve_known(fetcher, kept, self.reference.origin)
         return SentManifest(child.manifest_fd, child.media_type)
 
     def is_stranger(self, reference: Reference) -> bool:
@@ -303,12 +310,11 @@ class Mount:
         Raises: RegistryAuthError, ModelNotFoundError, RegistryUnavailableError; DigestMismatchError when another registry
         than the mount's has the manifest but not the blobs.
         """
-        if self.fetching.child is None:
-            raise ControlError(f"mount {self.mount_id[:8]}: its fetcher is being replaced; try again")
+        fetcher = await self.fetching.awake()
         # A registry that only repeats a manifest must not open the door to blobs it does not have.
         wanted = reference if reference in self.parents else reference.with_digest(self.key.digest)
         stranger = self.is_stranger(reference)
-        model = await resolve(self.fetching.child, wanted, credentials, self._settings, prove=stranger)
+        model = await resolve(fetcher, wanted, credentials, self._settings, prove=stranger)
         os.close(model.manifest_fd)
         self.fetching.proven.add(reference.origin)
 
@@ -382,6 +388,8 @@ class Mount:
             "targets": sorted(self.leases),
             "refused": {path: lease.refused for path, lease in self.leases.items() if lease.refused},
             "worker_alive": worker is not None and worker.alive,
+            "worker_resting": self.serving.resting,
+            "fetcher_resting": self.fetching.resting,
             "fetcher_alive": fetcher is not None and fetcher.alive,
             "worker_pid": self.serving.pid,
             "fetcher_pid": self.fetching.pid,

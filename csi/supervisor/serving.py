@@ -29,6 +29,7 @@ from csi.supervisor.half import Half
 from csi.supervisor.heartbeat import end_of
 from csi.supervisor.kept import KeptMounts
 from csi.supervisor.passing import PassThrough
+from csi.supervisor.resting import is_asked, until_asked
 from csi.supervisor.settings import SupervisorSettings
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,10 @@ class Serving(Half):
         self.restarts = 0
         self.passing: PassThrough | None = None
         self.jail: dict[str, Any] = {}
+        self.resting = False
+        """Nobody reads, so no worker runs; the next request starts one."""
+        self._found = False
+        self._last_reads: dict[str, Any] = {}
         self.longest_pause_s = 0.0
         """Of all replacements: from the end of one worker to the first answer of the next."""
 
@@ -97,10 +102,19 @@ class Serving(Half):
         await self._serve(worker)
 
     async def adopt(self, slot: KeptSlot | None) -> None:
-        """Go on with the worker of a supervisor before us, where it lives and serves."""
+        """Go on with the worker of a supervisor before us, where it lives and serves; where none does, the next request, or one
+        that waits already, starts one.
+        """
+        self._found = True
         self.child = await adopted("worker", slot)
+        self.resting = self.child is None and self._may_rest
         if self.child is not None:
             self.child.on_notification = self._on_notification
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether nothing of a supervisor before us serves it."""
+        return self.child.is_ours if self.child is not None else self.resting and not self._found
 
     async def renew(self, between: Callable[[], Awaitable[None]]) -> None:
         """Replace a worker that serves well by one of ours. `between` is awaited when nobody serves.
@@ -111,6 +125,11 @@ class Serving(Half):
         try:
             await self._load(worker)  # whatever is wrong with it shows while the old one serves
             async with self._changing:
+                if self.resting and not self._stopping:
+                    await between()
+                    self._found = False
+                    worker.kill()  # it was to show that it could
+                    return
                 if self._stopping or self.child is None:
                     raise ControlError(f"mount {self._name}: its worker is being replaced already")
                 began = time.monotonic()
@@ -134,7 +153,9 @@ class Serving(Half):
                 await worker.call("fetcher", _CHANNEL_TIMEOUT_S, [channel.fileno()])
 
     async def stats(self) -> dict[str, Any]:
-        """Counters of reads. Empty while the worker is being replaced."""
+        """Counters of reads: those of the last worker while none is needed, none while it is being replaced."""
+        if self.resting:
+            return self._last_reads
         if self.child is not None:
             with contextlib.suppress(ModelMountError):
                 reads, _ = await self.child.call("stats", 2.0)
@@ -209,6 +230,12 @@ class Serving(Half):
 
     async def _watch(self) -> None:
         while not self._stopping:
+            if self.resting:
+                await until_asked(self._fuse_fd, self._table_fd)
+                self.resting = False
+                if self._has_ended():
+                    return
+                self._unserved_since = None
             if self.child is None:
                 await self._replace()
                 continue
@@ -219,10 +246,7 @@ class Serving(Half):
                     continue  # it was told to leave
                 self.child = None
                 worker.let_go()
-            if _connection_ended(self._fuse_fd):
-                log.warning("mount %s: its FUSE connection was ended from outside", self._name)
-                self._event("ConnectionAborted", "the FUSE connection was aborted or unmounted from outside")
-                self.dead = True
+            if self._has_ended():
                 return
             self.restarts += 1
             self._event("WorkerRestarting", f"worker {worker.pid} ended with status {status}")
@@ -231,15 +255,48 @@ class Serving(Half):
             if lived_s > _SERVED_S or self._unserved_since is None:
                 self._unserved_since = time.monotonic()
 
+    def _has_ended(self) -> bool:
+        if _connection_ended(self._fuse_fd):
+            log.warning("mount %s: its FUSE connection was ended from outside", self._name)
+            self._event("ConnectionAborted", "the FUSE connection was aborted or unmounted from outside")
+            self.dead = True
+        return self.dead
+
+    @property
+    def _may_rest(self) -> bool:
+        """Not where what a worker has taken from the kernel, and not answered when it ends, is lost."""
+        kept = self.kept
+        return (
+            self._settings.idle_exit_s > 0
+            and kept is not None
+            and (kept.backend == BackendName.RAW or bool(kept.can_resend))
+        )
+
+    async def _rest(self) -> None:
+        """End the worker, until it is asked for. What it takes meanwhile is in the table, or comes back by RESEND."""
+        reads = await self.stats()
+        async with self._changing:
+            if self._stopping or self.child is None or is_asked(self._fuse_fd, self._table_fd):
+                return
+            await self._leave(self.child)
+            self.child = None
+            self._resend()
+            self.resting, self._last_reads = True, reads
+        log.info("mount %s: nobody reads; its worker has ended until somebody does", self._name)
+
     async def _on_beat(self, answer: wire.Message) -> None:
-        """Its channel may have ended, and the fetcher lives: a supervisor before us died with one half handed over, or the one
+        if self._may_rest and answer.get("idle_s", 0.0) >= self._settings.idle_exit_s:
+            await self._rest()
+        elif (
+            not answer.get("linked", True) and self._has_fetcher()
+        ):  # an older worker does not say; a new fetcher brings one
+            await self._link_again(int(answer.get("pid", 0)))
+
+    async def _link_again(self, pid: int) -> None:
+        """The worker's channel has ended, and the fetcher lives: a supervisor before us died with one half handed over, or the one
         end was lost with a process.
         """
-        if (
-            answer.get("linked", True) or not self._has_fetcher()
-        ):  # an older worker does not say; a new fetcher brings one
-            return
-        log.warning("mount %s: worker %s has no channel to the fetcher; it gets another", self._name, answer.get("pid"))
+        log.warning("mount %s: worker %d has no channel to the fetcher; it gets another", self._name, pid)
         try:
             await self.use_new_fetcher()
         except ModelMountError as exc:

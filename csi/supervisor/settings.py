@@ -47,6 +47,8 @@ class SupervisorSettings:
     unwanted_s: float = 600.0
     """After how long without a call for it the preparation of a model ends; kubelet calls every two minutes at least."""
     read_deadline_s: float = 120.0
+    idle_exit_s: float = 300.0
+    """After how long without a request a mount's processes end, until the next one; 0: never."""
     access_life_s: float = 24 * 3600.0
     """How long a caller that could read a model may have it while its registry cannot be asked."""
     spares: int = 1

@@ -115,7 +115,8 @@ class Supervisor:
         while foreign := [mount for mount in self._mounts.values() if mount.served and not mount.is_ours]:
             for mount in foreign:
                 try:
-                    if self._mounts.get(mount.mount_id) is mount and mount.serving.child is not None:
+                    has_worker = mount.serving.child is not None or mount.serving.resting
+                    if self._mounts.get(mount.mount_id) is mount and has_worker:
                         await mount.renew()
                 except ModelMountError as exc:
                     log.error("mount %s: the worker before serves on: %s", mount.mount_id[:8], exc)

@@ -115,9 +115,9 @@ class Worker:
             case "ping":
                 serving = self._connection is not None
                 linked = self._fetcher is not None  # else the supervisor, which asks, sends another channel
-                self._reply(
-                    wire.ok(request, pid=os.getpid(), jail=self._jail.as_fields(), serving=serving, linked=linked)
-                )
+                idle_s = self._backend.idle_s if serving and self._backend is not None else 0.0
+                said = {"pid": os.getpid(), "serving": serving, "linked": linked, "idle_s": round(idle_s, 1)}
+                self._reply(wire.ok(request, jail=self._jail.as_fields(), **said))
             case "build":
                 self._start_build(request, fds)
             case "built":
