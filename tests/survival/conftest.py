@@ -25,6 +25,7 @@ _TABLE = pytest.StashKey[Table]()
 MODEL_BYTES = 24 * 1024 * 1024 + 4321
 COLD_BYTES = 40 * 1024 * 1024
 READ_DEADLINE_S = 8
+IDLE_EXIT_S = 3
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -174,7 +175,7 @@ def stage(backend: str, place: Path, registry: FakeRegistry, table: Table) -> It
     content, small = random.Random(7).randbytes(MODEL_BYTES), random.Random(8).randbytes(1 << 20)
     digest = registry.add_model("team/model", "v1", {"weights.bin": content}, indexed=True)
     small_digest = registry.add_model("team/small", "v1", {"small.bin": small}, indexed=True)
-    flags = [*supervisor_flags(backend), f"--read-deadline={READ_DEADLINE_S}"]
+    flags = [*supervisor_flags(backend), f"--read-deadline={READ_DEADLINE_S}", f"--idle-exit={IDLE_EXIT_S}"]
     checkouts = {"keeper": on_an_old_kernel(directory)} if backend == OLD_KERNEL else {}
     with ContainerNode(directory, {"supervisor": flags}, checkouts) as node, Readers(directory / "readers") as readers:
         target, here = node.target("readers")

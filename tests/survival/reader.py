@@ -3,6 +3,7 @@
     reader.py MODE FILE EXPECTED JOURNAL COUNTERS SEED PAUSE_MS
 
 MODE is sequential, random, mmap or names. JOURNAL gets a JSON line for every operation that was slow or went wrong;
+While there is a file `pause` beside it, nothing is done.
 COUNTERS is a file of four 64-bit numbers that others may look at any time: operations done, when the one in work began
 (monotonic clock, ns; 0: none), errors, comparisons that failed.
 
@@ -98,12 +99,18 @@ def _difference(found: bytes, expected: bytes, offset: int, length: int) -> str 
     return f"{len(found)} bytes at {offset} are not the model's"
 
 
-def run(mode: str, path: str, expected: bytes, journal_fd: int, counters: mmap.mmap, seed: int, pause_s: float) -> None:
+def run(
+    mode: str, path: str, expected: bytes, journal_path: str, counters: mmap.mmap, seed: int, pause_s: float
+) -> None:
     """Until it is killed. What fails is noted, and begun anew from open()."""
     chosen = random.Random(seed)
+    journal_fd = os.open(journal_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    pause_path = os.path.join(os.path.dirname(journal_path), "pause")
     done = errors = wrong = 0
     step: Step | None = None
     while True:
+        while os.path.exists(pause_path):
+            time.sleep(0.01)
         started = time.monotonic_ns()
         FIELDS.pack_into(counters, 0, done, started, errors, wrong)
         error, difference = "", None
@@ -129,10 +136,9 @@ def main() -> None:
     mode, path, expected_path, journal_path, counters_path, seed, pause_ms = sys.argv[1:]
     with open(expected_path, "rb") as file:
         expected = file.read()
-    journal_fd = os.open(journal_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     with open(counters_path, "r+b") as file:
         counters = mmap.mmap(file.fileno(), FIELDS.size)
-    run(mode, path, expected, journal_fd, counters, int(seed), int(pause_ms) / 1000)
+    run(mode, path, expected, journal_path, counters, int(seed), int(pause_ms) / 1000)
 
 
 if __name__ == "__main__":

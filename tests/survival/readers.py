@@ -198,6 +198,16 @@ class Readers:
                 messages += one.messages
             seen.messages = tuple(messages)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """None of them does anything meanwhile; what is open and mapped stays so."""
+        pause = self._directory / "pause"
+        pause.touch()
+        try:
+            yield
+        finally:
+            pause.unlink()
+
     def advance(self, patience_s: float) -> list[str]:
         """Wait until each has done some operations more; the names of those that have not."""
         wanted = {reader.name: reader.done + _BEFORE_AND_AFTER for reader in self.all}

@@ -38,6 +38,7 @@ def test_a_mount_that_is_well_has_no_entry() -> None:
         (None, ["MountLost"]),
         (mount(dead=True), ["MountLost"]),
         (mount(worker_alive=False), ["WorkerRestarting"]),
+        (mount(worker_alive=False, worker_resting=True, reads={}), []),
         (mount(reads={}), ["WorkerNotAnswering"]),
         (failing("RegistryUnavailableError"), ["RegistryUnreachable"]),
         (failing("RegistryAuthError"), ["CredentialsExpired"]),
