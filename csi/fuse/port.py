@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from csi.errors import ModelMountError
 from csi.tree.file_format import Tree
 from csi.tree.model import Entry, EntryKind
 
@@ -17,6 +18,9 @@ STABLE_TIMEOUT_S = 24 * 3600.0
 
 NAME_MAX = 255
 """Bytes in a name, as everywhere on Linux."""
+
+DEFAULT_DEADLINE_S = 120.0
+"""How long a read waits for its bytes, through every retry. A failed page fault kills the reader, so: long."""
 
 IO_BYTES = 1024 * 1024
 """st_blksize: what `cat`, Python and most loaders take as the size of one read."""
@@ -36,6 +40,11 @@ class ContentReader(Protocol):
         The view is valid until the next await of the calling task: reply before anything else.
 
         Raises: the ModelMountError that says why the bytes cannot be had within the read's deadline.
+        """
+
+    def refuse(self, entry: Entry, offset: int, size: int, error: ModelMountError) -> None:
+        """That read got an error without being asked for here; it counts as any that failed, and if it is asked for again at once
+        while its bytes are still missing, it fails again.
         """
 
 

@@ -16,6 +16,7 @@ failed, and in a memory mapping that is SIGBUS. A reader that is killed goes wit
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -32,6 +33,7 @@ from csi.fuse.backings import THROUGH_US, Backings, way_of
 from csi.fuse.errno_map import read_errno
 from csi.fuse.handle_table import HandleTable
 from csi.fuse.port import (
+    DEFAULT_DEADLINE_S,
     IO_BYTES,
     STABLE_TIMEOUT_S,
     Connection,
@@ -55,12 +57,21 @@ _DIRECTORY_FLAGS = OpenFlag.KEEP_CACHE | OpenFlag.CACHE_DIR
 
 
 class RawBackend:
-    """One connection at a time. See `csi.fuse.port.Backend` for the contract. `backings` None: every file is read through us."""
+    """One connection at a time. See `csi.fuse.port.Backend` for the contract. `backings` None: every file is read through us.
+    `deadline_s`: how long a read may wait, however many workers it takes.
+    """
 
-    def __init__(self, namespace: Namespace, reader: ContentReader, backings: Backings | None = None) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        reader: ContentReader,
+        backings: Backings | None = None,
+        deadline_s: float = DEFAULT_DEADLINE_S,
+    ) -> None:
         self._namespace = namespace
         self._reader = reader
         self._backings = Backings(namespace.tree) if backings is None else backings
+        self._deadline_s = deadline_s
         self.counters = {"opens": 0, "passed_opens": 0}
         self._fd = -1
         self._asked_at = time.monotonic()
@@ -145,10 +156,8 @@ class RawBackend:
         """What earlier workers took: waiting reads become tasks, suspects are handled one at a time."""
         suspects = []
         for slot in self._table.left_behind:
-            if self._table.is_convicted(slot):
-                opcode, unique, nodeid = wire.IN_HEADER.unpack_from(self._table.room(slot))[1:4]
-                log.error("a request that killed its workers is refused: opcode %d, inode %d", opcode, nodeid)
-                self._reply(slot, unique, b"", errno.EIO)
+            if (left_s := self._table.left_s(slot)) > self._deadline_s or self._table.is_convicted(slot):
+                self._refuse(slot, left_s)
             elif self._table.is_suspect(slot):
                 suspects.append(slot)
             else:
@@ -160,6 +169,20 @@ class RawBackend:
                 with trio.move_on_after(_TRIAL_S):
                     await answered.wait()
             self._table.end_trial(slot)
+
+    def _refuse(self, slot: int, left_s: float) -> None:
+        request = self._table.room(slot)
+        _, opcode, unique, nodeid, *_ = wire.IN_HEADER.unpack_from(request)
+        error = ModelMountError(
+            f"one worker after the other has ended while it was to be answered, for {left_s:.0f} s; the log of the supervisor "
+            "says how they ended"
+        )
+        log.error("a request is refused: opcode %d, inode %d: %s", opcode, nodeid, error)
+        if opcode == Opcode.READ:
+            _, offset, size, *_ = wire.READ_IN.unpack_from(request, wire.IN_HEADER.size)
+            with contextlib.suppress(NoSuchEntryError):
+                self._reader.refuse(self._namespace.entry(nodeid), offset, size, error)
+        self._reply(slot, unique, b"", errno.EIO)
 
     def _begin(self, slot: int, request: memoryview) -> trio.Event | None:
         """Answer one request now, or start a task that will; the event says when."""

@@ -9,7 +9,8 @@ kill catches in between (0.8 % of kills, measured); straight into the slot loses
     header   magic, version, slot size, number of slots, the slot on trial (+1; 0: none)
     slot     the request as the kernel wrote it (its first word is its length, never 0: occupied), cut after
              its first 480 bytes, which holds all of every request we answer with more than ENOSYS;
-             then two counters: how many workers died owing it, and how many of them while it was on trial
+             then two counters: how many workers died owing it, and how many of them while it was on trial; then since when
+             it is owed by workers that are gone, and which request that is about
     handles  what was opened and is not closed yet, see `csi.fuse.handle_table`
 
 A second reply to a request is harmless: the kernel numbers requests once and answers ENOENT to a number it does not
@@ -18,6 +19,8 @@ wait for. A table of another connection would not be, as numbers begin anew ther
 Trials: a request that kills its worker would kill the next one too. What two workers died owing is suspect; the
 next worker handles suspects one at a time, says which is on trial, and one that three workers died over is
 convicted and answered with EIO. One that waits for the network is let go after a moment: it waits, it does not kill.
+One that kills later than that moment is found by the clock: what one worker after the other has left is refused when it
+has been so for as long as a read may wait.
 
 Nothing here trusts the content: it was written by a process that died. Two views: `RequestTable` maps it (the
 worker); `pending` and `answer_all` read it with pread (the supervisor, when there is no worker at all).
@@ -30,6 +33,7 @@ import heapq
 import mmap
 import os
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -51,6 +55,8 @@ _HEADER = struct.Struct("<8sHHII")
 _TRIAL_OFFSET = 16
 _HEADER_BYTES = 4096
 _COUNTERS = struct.Struct("<II")  # tries, deaths on trial
+_LEFT = struct.Struct("<QQ")  # unique, monotonic clock in ns: of no other request, whoever cleared the slot
+_LEFT_OFFSET = REQUEST_BYTES + _COUNTERS.size
 _WORD = struct.Struct("<I")
 HANDLES_OFFSET = _HEADER_BYTES + SLOTS * SLOT_BYTES
 _FILE_BYTES = HANDLES_OFFSET + handle_table.TABLE_BYTES
@@ -97,6 +103,7 @@ class RequestTable:
         for slot in self.left_behind:
             tries, deaths = self._counters(slot)
             self._set_counters(slot, min(tries + 1, 1 << 30), deaths)
+            self._note_left(slot)
         self._settle_trial()
 
     def acquire(self) -> int | None:
@@ -123,6 +130,10 @@ class RequestTable:
         self._set_counters(slot, 0, 0)
         heapq.heappush(self._recycled, slot)
 
+    def left_s(self, slot: int) -> float:
+        """For how long a request that was left behind is owed by workers that are gone: 0.0 when the last one was the first."""
+        return (time.monotonic_ns() - int(_LEFT.unpack_from(self._view, self._left_offset(slot))[1])) / 1e9
+
     def is_suspect(self, slot: int) -> bool:
         """Whether it is handled alone."""
         return self._counters(slot)[0] >= SUSPECT_AFTER
@@ -147,6 +158,15 @@ class RequestTable:
         if 0 <= slot < SLOTS and self._length(slot):
             tries, deaths = self._counters(slot)
             self._set_counters(slot, tries, min(deaths + 1, CONVICTED_AFTER))
+
+    def _note_left(self, slot: int) -> None:
+        unique = wire.IN_HEADER.unpack_from(self.room(slot))[2]
+        if _LEFT.unpack_from(self._view, self._left_offset(slot))[0] != unique:
+            _LEFT.pack_into(self._view, self._left_offset(slot), unique, time.monotonic_ns())
+
+    @staticmethod
+    def _left_offset(slot: int) -> int:
+        return _HEADER_BYTES + slot * SLOT_BYTES + _LEFT_OFFSET
 
     def _touch(self, end: int) -> None:
         """Write to every page up to slot `end`, without changing anything."""

@@ -16,8 +16,8 @@ import os
 import select
 import socket
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from csi.control import wire
 from csi.control.keeper import CollectedMount, KeptMount, KeptSlot
@@ -43,6 +43,8 @@ _SERVED_S = 0.2
 """A worker that lived so long has served: whoever waited has been answered, or waits for the network."""
 _LONGEST_DELAY_S = 5.0
 _SLOT = "worker"
+
+_Result = TypeVar("_Result")
 
 
 class Serving(Half):
@@ -309,13 +311,13 @@ class Serving(Half):
             self._unserved_since = began
         delay_s = self._restarts.delay_s
         while not self._stopping:
-            await self._wait_and_refuse(delay_s)
+            await self._refusing(asyncio.sleep(delay_s))
             worker: Child | None = None
             try:
                 async with self._changing:
                     self._resend()
-                    worker = await self._pool.take("worker")
-                    await self._load(worker)
+                    worker = await self._refusing(self._pool.take("worker"))
+                    await self._refusing(self._load(worker))
                     await self._serve(worker)
                 self._note_pause(began)
                 return
@@ -325,14 +327,18 @@ class Serving(Half):
                     worker.kill()
                 delay_s = min(_LONGEST_DELAY_S, delay_s * 2 or 0.2)
 
-    async def _wait_and_refuse(self, delay_s: float) -> None:
-        """Wait. Readers who wait for a worker longer than a read may take get an error."""
-        until = time.monotonic() + delay_s
-        while (left := until - time.monotonic()) > 0:
-            since = self._unserved_since
-            if since is not None and time.monotonic() - since > self._settings.read_deadline_s:
-                self._refuse()
-            await asyncio.sleep(min(left, 1.0))
+    async def _refusing(self, work: Coroutine[Any, Any, _Result]) -> _Result:
+        """Its result. While it takes its time, readers who wait for a worker longer than a read may take get an error."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                since = self._unserved_since
+                if since is not None and time.monotonic() - since > self._settings.read_deadline_s:
+                    self._refuse()
+                await asyncio.wait([task], timeout=1.0)
+        finally:
+            task.cancel()
+        return task.result()
 
     def _refuse(self) -> None:
         assert self.kept is not None

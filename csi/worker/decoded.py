@@ -70,6 +70,13 @@ class DecodingReader:
         """See `ContentReader.read_now`. What has to be decoded waits."""
         return None if entry.blob in self._encoded else self._cached.read_now(entry, offset, size)
 
+    def refuse(self, entry: Entry, offset: int, size: int, error: ModelMountError) -> None:
+        """See `ContentReader.refuse`."""
+        if entry.blob in self._encoded:
+            self._cached.note_failed(entry, error)
+        else:
+            self._cached.refuse(entry, offset, size, error)
+
     async def read(self, entry: Entry, offset: int, size: int) -> memoryview:
         """See `ContentReader.read`."""
         if entry.blob not in self._encoded:

@@ -35,7 +35,7 @@ from csi.control import wire
 from csi.errors import ControlError, ModelMountError, RegistryUnavailableError, from_wire
 from csi.fuse.backings import THROUGH_US, Backings
 from csi.fuse.handshake import BackendName
-from csi.fuse.port import Backend, Connection, ContentReader, Namespace
+from csi.fuse.port import DEFAULT_DEADLINE_S, Backend, Connection, ContentReader, Namespace
 from csi.fuse.pyfuse3_backend import Pyfuse3Backend
 from csi.fuse.raw_backend import RawBackend
 from csi.jail.confinement import Level, Role, narrow_to
@@ -227,12 +227,11 @@ class Worker:
         threading.Thread(target=int, name="trial").start()  # limits that allow none show now, not in a read
         tree = self._tree = Tree.from_fd(tree_fd)
         os.close(tree_fd)
-        reader = self._reader = CachedReader(
-            tree, area_fd, self, float(request.get("read_deadline_s", 120.0)), self._on_failed_read
-        )
+        deadline_s = float(request.get("read_deadline_s", DEFAULT_DEADLINE_S))
+        reader = self._reader = CachedReader(tree, area_fd, self, deadline_s, self._on_failed_read)
         has_encoded = any(blob.encoding is not Encoding.IDENTITY for blob in tree.blobs)
         content: ContentReader = DecodingReader(tree, area_fd, reader) if has_encoded else reader
-        self._backend = self._made_backend(backend_name, tree, content)
+        self._backend = self._made_backend(backend_name, tree, content, deadline_s)
         self._area_fd = area_fd
 
     def _serve(self, request: wire.Message, fds: list[int]) -> None:
@@ -252,11 +251,11 @@ class Worker:
             lambda: self._reply(wire.ok(request, **self._jail.as_fields())),
         )
 
-    def _made_backend(self, name: BackendName, tree: Tree, content: ContentReader) -> Backend:
+    def _made_backend(self, name: BackendName, tree: Tree, content: ContentReader, deadline_s: float) -> Backend:
         if name is BackendName.PYFUSE3:
             return Pyfuse3Backend(Namespace(tree), content)
         self._backings = Backings(tree)
-        self._raw = RawBackend(Namespace(tree), content, self._backings)
+        self._raw = RawBackend(Namespace(tree), content, self._backings, deadline_s)
         return self._raw
 
     def _forget_backing(self, digest: str) -> bool:

@@ -26,6 +26,7 @@ from csi.cache.blob import BlobReader
 from csi.cache.format import BlobState
 from csi.cache.ring import BorrowedBlocks
 from csi.errors import CacheError, DigestMismatchError, ModelMountError, RegistryUnavailableError
+from csi.fuse.port import DEFAULT_DEADLINE_S
 from csi.stream import blocks
 from csi.stream.readahead import ReadAhead
 from csi.stream.scheduler import Block, Priority
@@ -41,8 +42,6 @@ _ASK_AGAIN_S = 1.0
 _TRY_AGAIN_S = 0.05
 _ASKED_TWICE_S = 0.25
 """Where an error answers a read-ahead, the kernel asks at once for the reader's own bytes again: that one has waited already."""
-DEFAULT_DEADLINE_S = 120.0
-"""How long a read waits for its bytes, through every retry. A failed page fault kills the reader, so: long."""
 
 
 class FetcherPort(Protocol):
@@ -123,6 +122,12 @@ class CachedReader:
             raise
         self.counters["read_bytes"] += length
         return view
+
+    def refuse(self, entry: Entry, offset: int, size: int, error: ModelMountError) -> None:
+        """See `ContentReader.refuse`."""
+        self.note_failed(entry, error)
+        if (length := min(size, entry.size_bytes - offset)) > 0:
+            self._give_up(entry.blob, blocks.blocks_of(entry.blob_offset + offset, length), error)
 
     async def read_stored(self, blob: int, start: int, length: int) -> bytes:
         """Bytes of a blob as the registry stores them. Raises: as `read`."""
@@ -212,11 +217,14 @@ class CachedReader:
                 await self._wait_for_block(blob, block, needed)
         if scope.cancelled_caught:
             error = self._too_late(blob, start, length)
-            now = trio.current_time()
-            self._given_up = {key: seen for key, seen in self._given_up.items() if now - seen[0] < _ASKED_TWICE_S}
-            self._given_up |= dict.fromkeys(((blob, block) for block in needed), (now, error))
+            self._give_up(blob, needed, error)
             raise error
         return True
+
+    def _give_up(self, blob: int, needed: range, error: ModelMountError) -> None:
+        now = trio.current_time()
+        self._given_up = {key: seen for key, seen in self._given_up.items() if now - seen[0] < _ASKED_TWICE_S}
+        self._given_up |= dict.fromkeys(((blob, block) for block in needed), (now, error))
 
     def _gave_up(self, blob: int, block: int) -> ModelMountError | None:
         """Why a read of that block has just been given up, unless the block has come meanwhile."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import mmap
 import os
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from fakes.registry import FakeRegistry
+from fakes.registry import FakeRegistry, Fault
 from support.node_process import COMMAND, NodeProcess, process_of
 
 from csi.control.keeper import KeeperClient
@@ -304,3 +306,48 @@ def test_the_worker_and_the_fetcher_have_no_rights(
         assert {facts[name].strip("0") for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")} == {""}
         assert facts["NoNewPrivs"] == "1"
         assert facts["Groups"].strip() == ""
+
+
+@pytest.mark.timeout(120)
+def test_a_read_under_which_worker_after_worker_dies_ends_and_the_others_go_on(
+    tmp_path: Path, fake_registry: FakeRegistry
+) -> None:
+    """Each of them has lived long enough to be taken for one that serves, and the read has not killed it at once."""
+    content = random.Random(8).randbytes(12 << 20)
+    digest = fake_registry.add_model("team/deadly", "v1", {"model.bin": content}, indexed=True)
+    with NodeProcess(tmp_path / "n", "--fuse-backend=raw", "--read-deadline=8") as node:
+        target = node.target()
+        node.publish(f"{fake_registry.host}/team/deadly@{digest}", target, attributes={"prefetch": "ondemand"})
+        fd = os.open(target / "model.bin", os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        assert os.pread(fd, 4096, 0) == content[:4096]
+        fake_registry.faults.append(Fault(match="/blobs/", status=503, times=1 << 30))
+        ended: list[tuple[float, int | None]] = []
+
+        def read() -> None:
+            began, error = time.monotonic(), None
+            try:
+                os.pread(fd, 4096, 9 << 20)
+            except OSError as exc:
+                error = exc.errno
+            ended.append((time.monotonic() - began, error))
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        kills = 0
+        while reader.is_alive() and kills < 20:
+            reader.join(1.2)
+            with contextlib.suppress(ProcessLookupError, ControlError, ValueError):
+                (mount,) = node.status()
+                if mount["worker_alive"]:
+                    os.kill(mount["worker_pid"], signal.SIGKILL)
+                    kills += 1
+            os.posix_fadvise(fd, 0, 4096, os.POSIX_FADV_DONTNEED)
+            assert os.pread(fd, 4096, 0) == content[:4096], "what is cached is read meanwhile"
+        print(f"{kills} workers were killed under it; it ended after {ended}")
+        assert [error for _, error in ended] == [errno.EIO]
+        assert kills > 3
+        fake_registry.faults.clear()
+        assert os.pread(fd, 4096, 9 << 20) == content[9 << 20 :][:4096]
+        os.close(fd)
+        node.unpublish_all()

@@ -18,7 +18,7 @@ import sys
 
 import trio
 
-from csi.errors import RegistryUnavailableError
+from csi.errors import ModelMountError, RegistryUnavailableError
 from csi.fuse.port import Backend, Connection, Namespace
 from csi.fuse.pyfuse3_backend import Pyfuse3Backend
 from csi.fuse.raw_backend import RawBackend
@@ -56,6 +56,9 @@ class ScriptedReader:
         if name == "dies":
             os._exit(9)
         return None if name == "fails" or name.startswith("waits") else self._content(name, entry, offset, size)
+
+    def refuse(self, entry: Entry, offset: int, size: int, error: ModelMountError) -> None:
+        """Nothing is remembered."""
 
     async def read(self, entry: Entry, offset: int, size: int) -> memoryview:
         name = entry.name.decode()

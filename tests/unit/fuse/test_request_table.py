@@ -171,3 +171,29 @@ def test_nonsense_of_a_dead_worker_is_shown_and_never_believed(table_fd: int) ->
     os.pwrite(table_fd, b"\xff" * 4, 16)  # the trial
     assert [taken.opcode for taken in request_table.pending(table_fd)] == [0xFFFFFFFF] * 3
     assert RequestTable(table_fd).left_behind == [0, 1, 2]
+
+
+def test_what_is_left_again_and_again_is_known_to_be_since_the_first_time(
+    table_fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1_000_000_000]
+    monkeypatch.setattr("time.monotonic_ns", lambda: now[0])
+    slot = take(RequestTable(table_fd), 22)
+    for passed_s in (0, 7, 19):
+        now[0] = (100 + passed_s) * 1_000_000_000
+        assert RequestTable(table_fd).left_s(slot) == passed_s
+
+
+def test_another_request_in_its_slot_is_left_since_later_even_if_nobody_cleared_that(
+    table_fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0]
+    monkeypatch.setattr("time.monotonic_ns", lambda: now[0])
+    take(RequestTable(table_fd), 22)
+    now[0] = 5_000_000_000
+    table = RequestTable(table_fd)
+    (slot,) = table.left_behind
+    table.release(slot)
+    now[0] = 60_000_000_000
+    assert take(table, 24) == slot
+    assert RequestTable(table_fd).left_s(slot) == 0
