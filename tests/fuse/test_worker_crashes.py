@@ -313,21 +313,21 @@ def test_a_read_under_which_worker_after_worker_dies_ends_and_the_others_go_on(
     tmp_path: Path, fake_registry: FakeRegistry
 ) -> None:
     """Each of them has lived long enough to be taken for one that serves, and the read has not killed it at once."""
-    content = random.Random(8).randbytes(12 << 20)
+    content = random.Random(8).randbytes(64 << 20)
     digest = fake_registry.add_model("team/deadly", "v1", {"model.bin": content}, indexed=True)
     with NodeProcess(tmp_path / "n", "--fuse-backend=raw", "--read-deadline=8") as node:
         target = node.target()
         node.publish(f"{fake_registry.host}/team/deadly@{digest}", target, attributes={"prefetch": "ondemand"})
         fd = os.open(target / "model.bin", os.O_RDONLY)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        assert os.pread(fd, 4096, 0) == content[:4096]
+        assert os.pread(fd, 4096, 0) == content[:4096]  # and what is fetched ahead of it is not all
         fake_registry.faults.append(Fault(match="/blobs/", status=503, times=1 << 30))
         ended: list[tuple[float, int | None]] = []
 
         def read() -> None:
             began, error = time.monotonic(), None
             try:
-                os.pread(fd, 4096, 9 << 20)
+                os.pread(fd, 4096, 63 << 20)
             except OSError as exc:
                 error = exc.errno
             ended.append((time.monotonic() - began, error))
@@ -348,6 +348,6 @@ def test_a_read_under_which_worker_after_worker_dies_ends_and_the_others_go_on(
         assert [error for _, error in ended] == [errno.EIO]
         assert kills > 3
         fake_registry.faults.clear()
-        assert os.pread(fd, 4096, 9 << 20) == content[9 << 20 :][:4096]
+        assert os.pread(fd, 4096, 63 << 20) == content[63 << 20 :][:4096]
         os.close(fd)
         node.unpublish_all()
