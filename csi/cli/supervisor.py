@@ -187,6 +187,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="MIB",
         help="private memory of one worker or fetcher; one that needs more ends alone (default 1024, 0: no limit)",
     )
+    group.add_argument(
+        "--memory-budget",
+        type=parse_size,
+        default=1 << 30,
+        metavar="SIZE",
+        help="for the blocks that all mounts together have in work, from 28MiB for each mount to 160MiB (default 1GiB)",
+    )
     group.add_argument("--spares", type=int, default=1, metavar="N", help="workers and fetchers kept ready (default 1)")
 
 
@@ -206,6 +213,7 @@ def flags_of(args: argparse.Namespace) -> list[str]:
         f"--passthrough={args.passthrough}",
         f"--jail={args.jail}",
         f"--child-memory-mib={args.child_memory_mib}",
+        f"--memory-budget={args.memory_budget}",
         f"--spares={args.spares}",
         f"--cache-limit={args.cache_limit}",
         f"--cache-min-free={args.cache_min_free}",
@@ -263,6 +271,7 @@ def run(args: argparse.Namespace) -> int:
         spares=args.spares,
         jail=args.jail,
         child_memory_mib=args.child_memory_mib,
+        memory_budget_bytes=args.memory_budget,
         worker_uid=WORKER_UID if is_root else None,
         fetcher_uid=FETCHER_UID if is_root else None,
         child_gid=CHILD_GID if is_root else None,

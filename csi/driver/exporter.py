@@ -91,6 +91,10 @@ def mount_families(mounts: list[dict[str, Any]]) -> Iterator[GaugeMetricFamily |
             states.append(((*labels, state), sum(blob["state"] == state for blob in blobs)))
     yield _gauge(metrics.MOUNT_SIZE, size)
     yield _gauge(metrics.MOUNT_CACHED, cached)
+    yield _gauge(metrics.MOUNT_RESTING, [(labels, bool(mount.get("worker_resting"))) for labels, mount in labelled])
+    yield _gauge(
+        metrics.MOUNT_MEMORY_BUDGET, [(labels, mount.get("memory_budget_bytes", 0)) for labels, mount in labelled]
+    )
     yield _gauge(metrics.MOUNT_BLOBS, states)
     passed = [(labels, len((mount.get("passthrough") or {}).get("blobs", ()))) for labels, mount in labelled]
     yield _gauge(metrics.MOUNT_PASSED_BLOBS, passed)

@@ -61,6 +61,7 @@ _FINAL_TRIES = 3
 _EVENT_INTERVAL_S = 10.0  # of a registry whose every block is wrong we need not speak every time
 _TROUBLE_INTERVAL_S = 1.0
 _AUTH_DELAY_S = 2.0  # new credentials wake the wait at once
+MOST_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +71,7 @@ class EngineSettings:
     """
 
     threads: int = 4
-    most_threads: int = 16
+    most_threads: int = MOST_THREADS
     fill: bool = True
     cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
 

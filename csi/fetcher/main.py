@@ -50,13 +50,13 @@ from csi.control import wire
 from csi.errors import ControlError, ModelMountError
 from csi.fetcher.answers import Answers
 from csi.fetcher.build import BuildService
-from csi.fetcher.engine import EngineSettings
+from csi.fetcher.engine import MOST_THREADS, EngineSettings
 from csi.fetcher.index_source import load_index
 from csi.fetcher.mount_sources import MountSources
 from csi.fetcher.possession import known_origins, prove_possession, remember_origins
 from csi.fetcher.resolving import Resolver, shareable
 from csi.fetcher.serving import MountStart, ServedMount, Surroundings
-from csi.fetcher.worker_link import WorkerLink
+from csi.fetcher.worker_link import RING_SLOTS, WorkerLink
 from csi.jail.confinement import Level, Role, narrow_to
 from csi.oci.digest import Digest
 from csi.volume import Verify
@@ -188,7 +188,13 @@ class Fetcher:
             raise ControlError("fetcher: start needs the sources and the cache area, once")
         sources_fd, area_fd = fds[:2]
         narrow_to(Role.FETCHER, area_fd)  # before the engine's threads start, which inherit it
-        settings = EngineSettings(threads=wire.field(request, "threads", int), fill=wire.field(request, "fill", bool))
+        threads = wire.field(request, "threads", int)
+        settings = EngineSettings(
+            threads=threads,
+            most_threads=max(threads, int(request.get("most_threads", MOST_THREADS))),
+            fill=wire.field(request, "fill", bool),
+        )
+        self._worker.make_ring(int(request.get("lent_blocks", RING_SLOTS)))
         self._allowance.add(wire.field(request, "allowance", int))
         self._use_sources(request, [sources_fd, *fds[2:]])
         origins = self._sources.origins

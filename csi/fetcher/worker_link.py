@@ -18,7 +18,7 @@ from csi.errors import ControlError
 
 log = logging.getLogger(__name__)
 
-_RING_SLOTS = 16
+RING_SLOTS = 16
 """64 MiB, and nothing of it is used while the cache takes what comes."""
 
 
@@ -26,11 +26,15 @@ class WorkerLink:
     """`attach` and `receive` are the main thread's, whose `selector` wakes it; the rest is anybody's."""
 
     def __init__(self, selector: selectors.BaseSelector) -> None:
-        self.ring = LendingRing(_RING_SLOTS)
+        self.ring = LendingRing(RING_SLOTS)
         self._selector = selector
         self._worker: socket.socket | None = None
         self._lent: dict[int, tuple[int, int]] = {}  # slot to blob and block
         self._lending = threading.Lock()
+
+    def make_ring(self, slots: int) -> None:
+        """Lend no more than so many blocks at once. Before anything is lent, and before `attach`."""
+        self.ring = LendingRing(slots)
 
     def is_of(self, readable: object) -> bool:
         """Whether that is its socket."""

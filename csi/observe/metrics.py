@@ -125,6 +125,22 @@ MOUNT_SIZE = Metric(
 MOUNT_CACHED = Metric(
     "modelmount_mount_cached_bytes", Kind.GAUGE, "bytes", _MOUNT, Stability.STABLE, "How much of it is on this node."
 )
+MOUNT_RESTING = Metric(
+    "modelmount_mount_resting",
+    Kind.GAUGE,
+    "boolean",
+    _MOUNT,
+    Stability.BETA,
+    "1 while nobody reads it, so that it has no worker; the next read starts one.",
+)
+MOUNT_MEMORY_BUDGET = Metric(
+    "modelmount_mount_memory_budget_bytes",
+    Kind.GAUGE,
+    "bytes",
+    _MOUNT,
+    Stability.BETA,
+    "What it may hold in memory between registry and readers: its share of --memory-budget; 0 while it has no processes.",
+)
 MOUNT_BLOBS = Metric(
     "modelmount_mount_blobs",
     Kind.GAUGE,
@@ -157,6 +173,8 @@ TABLE: tuple[Metric, ...] = (
     MOUNT_DEAD,
     MOUNT_SIZE,
     MOUNT_CACHED,
+    MOUNT_RESTING,
+    MOUNT_MEMORY_BUDGET,
     MOUNT_BLOBS,
     MOUNT_PASSED_BLOBS,
     *MOUNT_COUNTERS,

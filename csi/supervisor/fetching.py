@@ -27,6 +27,7 @@ from csi.supervisor.half import Half
 from csi.supervisor.heartbeat import end_of
 from csi.supervisor.kept import KeptMounts
 from csi.supervisor.lease import Source
+from csi.supervisor.memory import MemoryBudget
 from csi.supervisor.passing import PassThrough
 from csi.supervisor.resolve import send_hosts
 from csi.supervisor.settings import SupervisorSettings
@@ -62,12 +63,13 @@ class Fetching(Half):
         event: Callable[[str, str], None],
         on_replaced: Callable[[], Awaitable[None]],
         may_rest: Callable[[], bool],
+        memory: MemoryBudget,
     ) -> None:
         super().__init__(_LONGEST_DELAY_S)
         self._key, self._name = key, key.mount_id[:8]
         self._keeper, self._pool, self._store, self._settings = keeper, pool, store, settings
         self._sources, self._event, self._on_replaced = sources, event, on_replaced
-        self._may_rest = may_rest
+        self._may_rest, self._memory = may_rest, memory
         self._wanted = asyncio.Event()
         self._last_stats: dict[str, Any] = {}
         self.resting = False
@@ -96,6 +98,7 @@ class Fetching(Half):
         """Give a fetcher its mount. Raises: what its registry answered, ControlError."""
         fetcher.on_notification = self._on_notification
         await self._send_hosts(fetcher, sources)
+        share = self._memory.share_of(self._key.mount_id)
         sources_fd = wire.memfd("sources", json.dumps(sources).encode())
         fds = [sources_fd, self.area_fd, *([self._layout_fd] if self._layout_fd >= 0 else [])]
         reply, layers_fds = await fetcher.call(
@@ -104,7 +107,9 @@ class Fetching(Half):
             fds,
             digest=str(self._key.digest),
             **self._settings.address_rules,
-            threads=self._settings.fetch_threads,
+            threads=min(self._settings.fetch_threads, share.threads),
+            most_threads=share.threads,
+            lent_blocks=share.lent_blocks,
             fill=self.filling or self._key.verify is not Verify.CHUNK,
             verify=str(self._key.verify),
             variant=self._key.view.variant,
@@ -310,6 +315,8 @@ class Fetching(Half):
             self._wanted.clear()
             self.resting, self._last_stats = True, stats
         await fetcher.stop()
+        if self.resting and self._may_rest():
+            self._memory.give_back(self._key.mount_id)
         log.info("mount %s: nobody reads and nothing is missing; its fetcher has ended until somebody does", self._name)
 
     async def _replace(self) -> None:

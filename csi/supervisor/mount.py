@@ -28,6 +28,7 @@ from csi.supervisor.fetching import Fetching
 from csi.supervisor.kept import KeptMounts
 from csi.supervisor.lease import Lease, Source, source, sources_of
 from csi.supervisor.manifests import KeptManifests
+from csi.supervisor.memory import MemoryBudget
 from csi.supervisor.parents import NO_PARENTS, FoundParents, Parent, parent_sources
 from csi.supervisor.passing import PassThrough, refusal_for
 from csi.supervisor.records import MountRecord, MountRecords
@@ -55,6 +56,7 @@ class Mount:
         records: MountRecords,
         settings: SupervisorSettings,
         manifests: KeptManifests,
+        memory: MemoryBudget,
     ) -> None:
         self.key = key
         self.mount_id = key.mount_id
@@ -64,7 +66,7 @@ class Mount:
         self.events: deque[dict[str, Any]] = deque(maxlen=64)
         self._keeper, self._pool, self._records, self._settings = keeper, pool, records, settings
         self._store = store
-        self._manifests = manifests
+        self._manifests, self._memory = manifests, memory
         self.fetching = Fetching(
             key,
             keeper,
@@ -75,6 +77,7 @@ class Mount:
             self.event,
             self._on_new_fetcher,
             lambda: self.serving.resting,
+            memory,
         )
         self.serving = Serving(
             keeper,
@@ -83,6 +86,7 @@ class Mount:
             self.fetching.channel,
             lambda: self.fetching.child is not None,
             self.event,
+            lambda: memory.share_of(key.mount_id),
             recheck=key.verify is not Verify.CHUNK,
         )
         self.indexed = False
@@ -225,6 +229,8 @@ class Mount:
             await self.serving.renew(self.fetching.switch)
         finally:
             await self.fetching.drop_next()
+        if self.serving.resting and self.fetching.resting:
+            self._memory.give_back(self.mount_id)
 
     @property
     def served(self) -> bool:
@@ -398,6 +404,7 @@ class Mount:
             "longest_pause_s": round(self.serving.longest_pause_s, 3),
             "reads": reads,
             "progress": progress,
+            "memory_budget_bytes": 0 if self.fetching.resting else self._memory.share_of(self.mount_id).size_bytes,
             "events": list(self.events),
         }
 
@@ -418,6 +425,7 @@ class Mount:
             except ModelMountError as exc:
                 log.warning("mount %s: %s", self.mount_id, exc)
         await asyncio.gather(self.serving.stop(), self.fetching.stop())
+        self._memory.give_back(self.mount_id)
         if self._tree_fd >= 0:
             os.close(self._tree_fd)
             self._tree_fd = -1

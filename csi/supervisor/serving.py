@@ -28,6 +28,7 @@ from csi.supervisor.child import Child, ChildPool, adopted
 from csi.supervisor.half import Half
 from csi.supervisor.heartbeat import end_of
 from csi.supervisor.kept import KeptMounts
+from csi.supervisor.memory import Share
 from csi.supervisor.passing import PassThrough
 from csi.supervisor.resting import is_asked, until_asked
 from csi.supervisor.settings import SupervisorSettings
@@ -49,7 +50,7 @@ _Result = TypeVar("_Result")
 
 class Serving(Half):
     """Of one mount. `channel` makes a channel to its fetcher, and takes the one before from it; `has_fetcher` says whether there
-    is one now. `event` remembers what people should know. `recheck`: what was read of archives before the mount was not
+    is one now. `event` remembers what people should know, `share` is what it may hold in memory. `recheck`: what was read of archives before the mount was not
     verified then.
 
     `_linking` is held from the making of a channel until the worker has it: of two under way, the fetcher would keep one and the
@@ -64,6 +65,7 @@ class Serving(Half):
         channel: Callable[[], Awaitable[socket.socket]],
         has_fetcher: Callable[[], bool],
         event: Callable[[str, str], None],
+        share: Callable[[], Share],
         *,
         recheck: bool,
     ) -> None:
@@ -71,6 +73,7 @@ class Serving(Half):
         self._recheck = recheck
         self._keeper, self._pool, self._settings = keeper, pool, settings
         self._channel, self._has_fetcher, self._event = channel, has_fetcher, event
+        self._share = share
         self._linking = asyncio.Lock()
         self._fuse_fd = self._table_fd = self._tree_fd = self._area_fd = -1
         self._init = b""
@@ -192,6 +195,7 @@ class Serving(Half):
             [self._tree_fd, self._area_fd],
             backend=self.kept.backend,
             read_deadline_s=self._settings.read_deadline_s,
+            reads_at_once=self._share().reads,
         )
 
     async def _serve(self, worker: Child) -> None:

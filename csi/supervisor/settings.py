@@ -56,6 +56,8 @@ class SupervisorSettings:
     """What a child does where the kernel lacks a part of its jail: `require` (refuse to serve) or `degrade`."""
     child_memory_mib: int = 1024
     """Private memory of one worker or fetcher; idle they have 20, and each thread counts with its stack of 8."""
+    memory_budget_bytes: int = 1024 * 1024 * 1024
+    """What all mounts together may hold between registry and readers, see `csi.supervisor.memory`."""
     worker_uid: int | None = None
     fetcher_uid: int | None = None
     child_gid: int | None = None

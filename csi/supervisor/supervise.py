@@ -40,6 +40,7 @@ from csi.supervisor.child import Child, ChildPool, Role
 from csi.supervisor.kept import KeptMounts
 from csi.supervisor.lease import Lease, Logins
 from csi.supervisor.manifests import KeptManifests
+from csi.supervisor.memory import MemoryBudget
 from csi.supervisor.mount import Mount
 from csi.supervisor.node_credentials import NodeCredentials
 from csi.supervisor.parents import NO_PARENTS, Parent, find_parents
@@ -83,6 +84,7 @@ class Supervisor:
         self._renews_logins = bool(logins)
         self._renewing: asyncio.Task[None] | None = None
         self._store = StoreLink(settings, self._on_store_message)
+        self._memory = MemoryBudget(settings.memory_budget_bytes)
         self._records = MountRecords(settings.state_dir)
         self._mounts: dict[str, Mount] = {}
         self._access = AccessRecords(os.path.join(settings.data_dir, "access"), settings.access_life_s)
@@ -208,7 +210,15 @@ class Supervisor:
 
     def _new_mount(self, key: MountKey, reference: Reference) -> Mount:
         return Mount(
-            key, reference, self._keeper, self._pool, self._store, self._records, self._settings, self._manifests
+            key,
+            reference,
+            self._keeper,
+            self._pool,
+            self._store,
+            self._records,
+            self._settings,
+            self._manifests,
+            self._memory,
         )
 
     async def _until_keeper_answers(self, ask: Callable[[], Awaitable[_Answer]]) -> _Answer:

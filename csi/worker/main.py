@@ -48,7 +48,7 @@ from csi.volume import Verify
 from csi.worker.build import Build, BuildRequest, SentManifest
 from csi.worker.build_channel import BuildChannel
 from csi.worker.decoded import DecodingReader
-from csi.worker.reader import CachedReader
+from csi.worker.reader import READS_AT_ONCE, CachedReader
 from csi.worker.recheck import recheck_headers
 
 log = logging.getLogger(__name__)
@@ -228,7 +228,8 @@ class Worker:
         tree = self._tree = Tree.from_fd(tree_fd)
         os.close(tree_fd)
         deadline_s = float(request.get("read_deadline_s", DEFAULT_DEADLINE_S))
-        reader = self._reader = CachedReader(tree, area_fd, self, deadline_s, self._on_failed_read)
+        reads = int(request.get("reads_at_once", READS_AT_ONCE))
+        reader = self._reader = CachedReader(tree, area_fd, self, deadline_s, self._on_failed_read, reads)
         has_encoded = any(blob.encoding is not Encoding.IDENTITY for blob in tree.blobs)
         content: ContentReader = DecodingReader(tree, area_fd, reader) if has_encoded else reader
         self._backend = self._made_backend(backend_name, tree, content, deadline_s)

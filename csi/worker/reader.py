@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _BUFFER_BYTES = 1024 * 1024  # to begin with: it grows to the largest request the kernel makes
 _LARGEST_READ = 16 * 1024 * 1024
+READS_AT_ONCE = 32
+"""From the disk, each with a buffer and a thread; the others wait."""
 _SPARE_BUFFERS = 8  # kept for reads from the disk: fresh memory costs more than such a read
 _ASK_AGAIN_S = 1.0
 _TRY_AGAIN_S = 0.05
@@ -69,11 +71,13 @@ class CachedReader:
         fetcher: FetcherPort,
         deadline_s: float = DEFAULT_DEADLINE_S,
         on_failed: Callable[[Entry, ModelMountError], None] = lambda entry, error: None,
+        reads_at_once: int = READS_AT_ONCE,
     ) -> None:
         self._tree = tree
         self._area_fd = area_fd
         self._fetcher = fetcher
         self._deadline_s = deadline_s
+        self._from_disk = trio.CapacityLimiter(reads_at_once)
         self._on_failed = on_failed
         self._readers: dict[int, BlobReader] = {}
         self._read_ahead: dict[int, ReadAhead] = {}
@@ -352,7 +356,7 @@ class CachedReader:
         if len(buffer) < length:
             buffer = _aligned(length)
         try:
-            return await trio.to_thread.run_sync(self._fill, reader, buffer, start, length, 0)
+            return await trio.to_thread.run_sync(self._fill, reader, buffer, start, length, 0, limiter=self._from_disk)
         finally:
             if len(self._spare) < _SPARE_BUFFERS:
                 self._spare.append(buffer)

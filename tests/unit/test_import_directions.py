@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "fetcher": {"jail", "registry", "cache", "control", "integrity", "tree", "stream", "oci"},
     "worker": {"jail", "fuse", "cache", "control", "tree", "stream", "oci"},
     "keychain": set(),
-    "supervisor": {"cache", "control", "fuse", "keychain", "oci"},
+    "supervisor": {"cache", "control", "fuse", "keychain", "stream", "oci"},
     "kube": set(),
     "driver": {"cache", "control", "observe", "oci", "wire"},
     "cli": {

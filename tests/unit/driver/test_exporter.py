@@ -23,6 +23,8 @@ MOUNT: dict[str, Any] = {
     "verify": "chunk",
     "dead": False,
     "targets": ["/a", "/b"],
+    "worker_resting": True,
+    "memory_budget_bytes": 28 * MIB,
     "worker_restarts": 3,
     "fetcher_restarts": 0,
     "reads": {"reads": 7, "read_bytes": 70, "waited_reads": 2, "failed_reads": 1},
@@ -50,6 +52,8 @@ def test_a_mount_is_told_as_the_supervisor_tells_it() -> None:
     assert found["modelmount_mount_targets", ""] == 2
     assert found["modelmount_mount_size_bytes", ""] == 13 * MIB
     assert found["modelmount_mount_cached_bytes", ""] == 9 * MIB
+    assert found["modelmount_mount_resting", ""] == 1
+    assert found["modelmount_mount_memory_budget_bytes", ""] == 28 * MIB
     assert found["modelmount_mount_blobs", "verified"] == 1
     assert found["modelmount_mount_blobs", "filling"] == 1
     assert found["modelmount_mount_failed_reads_total", ""] == 1

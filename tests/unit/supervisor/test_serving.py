@@ -13,6 +13,7 @@ from csi.control.keeper import CollectedMount, KeptMount
 from csi.fuse.handshake import BackendName
 from csi.supervisor.child import Child, ChildPool, ForkedProcess
 from csi.supervisor.kept import KeptMounts
+from csi.supervisor.memory import MOST
 from csi.supervisor.serving import Serving
 from csi.supervisor.settings import SupervisorSettings
 
@@ -94,6 +95,7 @@ def serving_with(fetcher: ScriptedFetcher) -> Serving:
         fetcher.channel,
         lambda: True,
         lambda reason, text: None,
+        lambda: MOST,
         recheck=False,
     )
     mount = KeptMount("0" * 64, "0:1", 0, can_resend=False, existed=True, backend=BackendName.RAW, connected=True)
