@@ -128,7 +128,7 @@ MOUNT_CACHED = Metric(
 MOUNT_RESTING = Metric(
     "modelmount_mount_resting",
     Kind.GAUGE,
-    "boolean",
+    "",
     _MOUNT,
     Stability.BETA,
     "1 while nobody reads it, so that it has no worker; the next read starts one.",

@@ -97,6 +97,7 @@ def test_a_lying_registry_whole_and_chunk_on_the_same_digest(
     wait_for(
         lambda: "IntegrityFailure" in events(modelmount_node, whole), "the whole blob is wrong, and nobody noticed"
     )
+    assert [blob["state"] for blob in mount_at(modelmount_node, whole)["progress"]["blobs"]] == ["poisoned"]
     drop_pages(whole / "w.bin")
     with pytest.raises(OSError, match="Input/output error"):
         (whole / "w.bin").read_bytes()
@@ -113,6 +114,10 @@ def test_junk_of_another_registry_under_a_known_digest_reaches_nobody(
         # The evil one first: its mount is the one that the honest volume joins.
         modelmount_node.publish(f"{evil.host}/team/model:v1", bad_target, "bad", attributes={"prefetch": "ondemand"})
         evil.blobs[blob] = bytes(len(content))
+        with pytest.raises(OSError, match="Input/output error"):
+            (bad_target / "w.bin").read_bytes()
+        assert "IntegrityFailure" in events(modelmount_node, bad_target)
+        assert mount_at(modelmount_node, bad_target)["progress"]["rejected_blocks"] >= 1
         modelmount_node.publish(f"{registry.host}/team/model:v1", good_target, "good")
         assert mount_at(modelmount_node, good_target)["mount_id"] == mount_at(modelmount_node, bad_target)["mount_id"]
         assert (good_target / "w.bin").read_bytes() == content, "the honest registry is asked when the other one lies"
@@ -251,6 +256,7 @@ def test_a_damaged_or_swapped_cache_file_is_fetched_again(
     node.publish(reference, target)
     assert (target / "w.bin").read_bytes() == content
     assert mount_at(node, target)["progress"]["damaged_blocks"] == 2
+    assert "CacheDamaged" in events(node, target)
 
 
 def test_the_cache_is_found_again_without_the_registry(
