@@ -60,7 +60,7 @@ def _guard(handler: Callable[_P, Awaitable[_R]]) -> Callable[_P, Coroutine[Any, 
         except NoSuchEntryError as exc:
             raise pyfuse3.FUSEError(exc.errno) from None
         except ModelMountError as exc:
-            log.error("%s failed: %s", handler.__name__, exc)
+            log.debug("%s failed: %s", handler.__name__, exc)  # whoever made the reader says it, and not for every one
             raise pyfuse3.FUSEError(read_errno(exc)) from None
         except MemoryError:
             raise  # the limit of this process: it ends, and its successor answers

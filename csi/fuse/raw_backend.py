@@ -233,7 +233,7 @@ class RawBackend:
         except NoSuchEntryError as exc:
             error = exc.errno
         except ModelMountError as exc:
-            log.error("read failed: %s", exc)
+            log.debug("read failed: %s", exc)  # whoever made the reader says it, and not for every one
             error = read_errno(exc)
         except MemoryError:
             raise

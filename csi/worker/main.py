@@ -78,7 +78,7 @@ class Worker:
         self._fetcher: socket.socket | None = None
         self._build: Build | None = None
         self._build_moved = trio.Event()
-        self._told_failed_at = -_EVENT_INTERVAL_S
+        self._told_failed_at, self._untold_failures = -_EVENT_INTERVAL_S, 0
 
     async def run(self) -> None:
         """Until `stop`, the end of the control socket or of the connection."""
@@ -337,10 +337,12 @@ class Worker:
         """People hear of it, if not of every one: a reader that fails once fails often."""
         now = time.monotonic()
         if now - self._told_failed_at < _EVENT_INTERVAL_S:
+            self._untold_failures += 1
             return
-        self._told_failed_at = now
         assert self._tree is not None
         text = f"reading {self._tree.path(entry.inode)} failed (EIO): {error}"
+        log.error("%s; %d other reads since the last such line", text, self._untold_failures)
+        self._told_failed_at, self._untold_failures = now, 0
         self._reply({"op": "event", "reason": "ReadFailed", "message": text})
 
     def _distrust(self, blob: int) -> None:
