@@ -106,7 +106,8 @@ def _lines(verb: str, result: dict[str, Any]) -> list[str]:
 def _entry_line(entry: dict[str, Any]) -> str:
     state = "in use" if entry["in_use"] else "pinned" if entry["pinned"] else "unused"
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["last_used"]))
-    return f"{entry['kind']:4}  {_mb(entry['size_bytes']):>14}  {state:6}  {when}  {entry['name']}"
+    line = f"{entry['kind']:4}  {_mb(entry['size_bytes']):>14}  {state:6}  {when}  {entry['name']}"
+    return f"{line}  of {entry['domain']}" if entry.get("domain") else line
 
 
 def _mb(size_bytes: int) -> str:

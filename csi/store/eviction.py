@@ -18,7 +18,9 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One thing that is kept or leaves as a whole. `size_bytes`: what the disk gets back."""
+    """One thing that is kept or leaves as a whole. `size_bytes`: what the disk gets back. `domain`: of an area of an isolated trust
+    domain; the store's own is "".
+    """
 
     kind: Kind
     name: str
@@ -26,6 +28,7 @@ class Entry:
     last_used: float
     in_use: bool
     pinned: bool = False
+    domain: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,6 @@
 """`modelmount store`: started by the supervisor with one socket; parses nothing that came from a registry.
 
-    start    the domain's cache directory, the limits; directories of other layouts, which are emptied
+    start    the domain's cache directory, that of all domains, the limits; directories of other layouts, which are emptied
     attach   a mount begins: what is proven is linked into its area; answers what its registry has to show first
     prove    a mount's registry has delivered the block it was asked for
     promote  a mount has a blob complete: hash it, share it. Answered at once; `shared` or `wrong` is said later
@@ -77,10 +77,10 @@ class Store:
                 wire.close_all(fds)
                 return {"pid": os.getpid(), "jail": self._jail.as_fields()}
             case "start":
-                if not fds:
-                    raise ControlError("store: start needs the domain's directory")
-                self._shelf = Shelf(fds[0], wire.field(request, "boot", str))
-                for directory_fd in fds[1:]:
+                if len(fds) < 2:
+                    raise ControlError("store: start needs the domain's directory, and that of all domains")
+                self._shelf = Shelf(fds[0], wire.field(request, "boot", str), fds[1])
+                for directory_fd in fds[2:]:
                     self._work.put(functools.partial(_remove_old, directory_fd))
                 self._limits = Limits(
                     max_bytes=wire.field(request, "max_bytes", int), min_free=wire.field(request, "min_free", float)
@@ -192,14 +192,20 @@ class Store:
         reserved = self._reserves.total(entries)
         used = sum(entry.size_bytes for entry in entries) + reserved
         for entry in evict_for(self._limits, shelf.disk().less(reserved), used, wanted_bytes, entries):
-            self._evict(entry)
-            used -= entry.size_bytes
+            if self._evict(entry):
+                used -= entry.size_bytes
         return room(self._limits, shelf.disk().less(reserved), used)
 
-    def _evict(self, entry: Entry) -> None:
-        if self._ready().remove(entry):
+    def _evict(self, entry: Entry) -> bool:
+        try:
+            removed = self._ready().remove(entry)
+        except OSError as exc:
+            log.warning("%s %s cannot be removed: %s", entry.kind, entry.name, exc.strerror)
+            return False
+        if removed:
             self._evicted_bytes += entry.size_bytes
             log.info("evicted %s %s: %d bytes", entry.kind, entry.name, entry.size_bytes)
+        return removed
 
     def _administer(self, request: wire.Message) -> None:
         try:
@@ -235,9 +241,8 @@ class Store:
                 digests_ = [Digest.parse(name.replace("-", ":", 1)) for name in checked]
                 return {"blobs": [{"digest": str(digest), "right": shelf.verify(digest)} for digest in digests_]}
             case "prune":
-                removed = [entry for entry in shelf.entries() if not entry.in_use and not entry.pinned]
-                for entry in removed:
-                    self._evict(entry)
+                unused = [entry for entry in shelf.entries() if not entry.in_use and not entry.pinned]
+                removed = [entry for entry in unused if self._evict(entry)]
                 return {"removed": [_described(entry) for entry in removed]}
         entries = shelf.entries()
         disk = shelf.disk()
@@ -287,6 +292,7 @@ def _described(entry: Entry) -> dict[str, Any]:
     return {
         "kind": str(entry.kind),
         "name": entry.name.replace("-", ":", 1) if entry.kind is Kind.BLOB else entry.name,
+        "domain": entry.domain,
         "size_bytes": entry.size_bytes,
         "last_used": entry.last_used,
         "in_use": entry.in_use,

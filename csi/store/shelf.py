@@ -38,6 +38,7 @@ _HIDDEN = "."  # of work in progress, and of what is being removed
 _PINS = "pins"
 _ABOUT = "about"
 _SHARED_FILE_MODE = 0o444
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 Blob = tuple[Digest, int]
 """A digest and a size in bytes."""
@@ -68,10 +69,12 @@ class _About:
 
 
 class Shelf:
-    """Thread-safe. `domain_fd` is the domain's directory; everything is reached from there. `boot`: this one's id."""
+    """Thread-safe. `domain_fd` is the domain's directory; everything is reached from there. `boot`: this one's id. `domains_fd` is
+    the directory of all domains: of the others only the areas' sizes count, and what is in no use may leave.
+    """
 
-    def __init__(self, domain_fd: int, boot: str) -> None:
-        self._domain_fd, self._boot = domain_fd, boot
+    def __init__(self, domain_fd: int, boot: str, domains_fd: int = -1) -> None:
+        self._domain_fd, self._boot, self._domains_fd = domain_fd, boot, domains_fd
         self._blobs_fd = os.open("blobs", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=domain_fd)
         self._mounts_fd = os.open("mounts", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=domain_fd)
         self._lock = threading.Lock()
@@ -80,6 +83,11 @@ class Shelf:
             for name in os.listdir(fd):
                 if name.startswith(_HIDDEN):  # left by one who died over it
                     _remove_tree(fd, name)
+        for domain in self._other_domains():
+            with contextlib.suppress(OSError), self._mounts_dir(domain) as fd:
+                for name in os.listdir(fd):
+                    if name.startswith(_HIDDEN):
+                        _remove_tree(fd, name)
 
     def attach(self, mount_id: str, origins: Sequence[str], wanted: Iterable[Blob]) -> Attached:
         """Give a mount what is proven and what one of its registries is known to have."""
@@ -222,10 +230,8 @@ class Shelf:
         pins = self.pins()
         used: set[str] = set()
         with self._lock:
-            for mount_id in os.listdir(self._mounts_fd):
-                if mount_id.startswith(_HIDDEN):
-                    continue
-                with self._area(mount_id) as (area_fd, in_use):
+            for domain, mount_id in self._mounts():
+                with self._area(mount_id, domain) as (area_fd, in_use):
                     if area_fd < 0:
                         continue
                     if in_use:
@@ -233,11 +239,10 @@ class Shelf:
                             name for name in os.listdir(area_fd) if _exists(area_fd, f"{name}/{fmt.HASHES_NAME}")
                         )
                         os.utime(area_fd)
-                    else:
+                    elif not domain:
                         _drop_links(area_fd)
-                    found.append(
-                        Entry(Kind.AREA, mount_id, _own_bytes(area_fd), os.fstat(area_fd).st_mtime, in_use=in_use)
-                    )
+                    size, last_used = _own_bytes(area_fd), os.fstat(area_fd).st_mtime
+                    found.append(Entry(Kind.AREA, mount_id, size, last_used, in_use=in_use, domain=domain))
             for name in os.listdir(self._blobs_fd):
                 if name.startswith((_HIDDEN, _PINS)):
                     continue
@@ -253,15 +258,26 @@ class Shelf:
         """False when it is in use after all."""
         with self._lock:
             if entry.kind is Kind.BLOB:
+                if self._is_used(entry.name) or str(_digest_of(entry.name)) in self.pins():
+                    return False
                 self._remove_blob(entry.name)
                 return True
-            with self._area(entry.name) as (area_fd, in_use):
-                if area_fd < 0 or in_use:
-                    return False
-                gone = f"{_HIDDEN}{entry.name}"
-                os.rename(entry.name, gone, src_dir_fd=self._mounts_fd, dst_dir_fd=self._mounts_fd)
-            _remove_tree(self._mounts_fd, gone)
+            with self._mounts_dir(entry.domain) as mounts_fd:
+                with self._area(entry.name, entry.domain) as (area_fd, in_use):
+                    if area_fd < 0 or in_use:
+                        return False
+                    gone = f"{_HIDDEN}{entry.name}"
+                    os.rename(entry.name, gone, src_dir_fd=mounts_fd, dst_dir_fd=mounts_fd)
+                _remove_tree(mounts_fd, gone)
             return True
+
+    def _is_used(self, name: str) -> bool:
+        """Whether a mount has begun to use that blob; what it reads would stay, but no longer be shared."""
+        for domain, mount_id in self._mounts():
+            with self._area(mount_id, domain) as (area_fd, in_use):
+                if area_fd >= 0 and in_use and _exists(area_fd, f"{name}/{fmt.HASHES_NAME}"):
+                    return True
+        return False
 
     def disk(self) -> Disk:
         """The file system the cache lies on."""
@@ -374,11 +390,40 @@ class Shelf:
             os.rename(name, gone, src_dir_fd=self._blobs_fd, dst_dir_fd=self._blobs_fd)
         _remove_tree(self._blobs_fd, gone)
 
+    def _other_domains(self) -> list[str]:
+        if self._domains_fd < 0:
+            return []
+        own, found = os.fstat(self._domain_fd), []
+        for name in os.listdir(self._domains_fd):
+            with contextlib.suppress(OSError):  # it is being made
+                if not os.path.samestat(os.stat(name, dir_fd=self._domains_fd), own):
+                    found.append(name)
+        return found
+
+    def _mounts(self) -> Iterator[tuple[str, str]]:
+        """The areas there are, as domain and mount id."""
+        for domain in ("", *self._other_domains()):
+            with contextlib.suppress(OSError), self._mounts_dir(domain) as mounts_fd:
+                yield from ((domain, name) for name in os.listdir(mounts_fd) if not name.startswith(_HIDDEN))
+
     @contextlib.contextmanager
-    def _area(self, mount_id: str) -> Iterator[tuple[int, bool]]:
+    def _mounts_dir(self, domain: str) -> Iterator[int]:
+        """Raises: OSError."""
+        if not domain:
+            yield self._mounts_fd
+            return
+        fd = os.open(f"{domain}/mounts", _DIRECTORY, dir_fd=self._domains_fd)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def _area(self, mount_id: str, domain: str = "") -> Iterator[tuple[int, bool]]:
         """An open area and whether somebody uses it; while nobody does, nobody can begin to. -1 when it is gone."""
         try:
-            fd = os.open(mount_id, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._mounts_fd)
+            with self._mounts_dir(domain) as mounts_fd:
+                fd = os.open(mount_id, _DIRECTORY, dir_fd=mounts_fd)
         except OSError:
             yield -1, False
             return

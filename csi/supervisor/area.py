@@ -16,6 +16,7 @@ def open_area(path: str, settings: SupervisorSettings) -> int:
     """
     while True:
         os.makedirs(path, mode=0o755, exist_ok=True)
+        give(os.path.dirname(path), os.geteuid(), settings.store_gid, 0o775)
         give(path, settings.fetcher_uid, settings.store_gid, 0o2775)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(fd, fcntl.LOCK_SH)

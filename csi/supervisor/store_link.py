@@ -45,6 +45,10 @@ class StoreLink:
             path = os.path.join(settings.domain_dir, name)
             os.makedirs(path, mode=0o755, exist_ok=True)
             give(path, settings.store_uid if name == "blobs" else os.geteuid(), settings.store_gid, 0o775)
+        domains_dir = os.path.dirname(settings.domain_dir)
+        for domain in os.listdir(domains_dir):  # it evicts what isolated ones do not use
+            if os.path.isdir(path := os.path.join(domains_dir, domain, "mounts")):
+                give(path, os.geteuid(), settings.store_gid, 0o775)
         os.chmod(settings.cache_dir, 0o700)  # inside, only descriptors lead anywhere
         for path in _other_layouts(settings.cache_dir):
             _remove_empty(path)
@@ -82,7 +86,11 @@ class StoreLink:
         child.on_notification = self._on_message
         fds = [
             os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            for path in (self._settings.domain_dir, *_other_layouts(self._settings.cache_dir))
+            for path in (
+                self._settings.domain_dir,
+                os.path.dirname(self._settings.domain_dir),
+                *_other_layouts(self._settings.cache_dir),
+            )
         ]
         try:
             await child.call(

@@ -202,6 +202,34 @@ def test_a_complete_mount_leaves_to_others_the_room_that_it_does_not_use(
         node.unpublish_all()
 
 
+def test_isolated_namespaces_obey_the_same_limit(tmp_path: Path, fake_registry: FakeRegistry, content: bytes) -> None:
+    """What one of them has left behind makes room for another, and what is in use stays."""
+    limit = 3 * SIZE
+    with NodeProcess(tmp_path / "node", "--sharing=isolated", f"--cache-limit={limit}", "--idle-exit=0") as node:
+        for number in range(5):
+            own = content + bytes([number])
+            fake_registry.add_model(f"team/m{number}", "v1", {"w.bin": own}, indexed=True)
+            target = node.target()
+            attributes = {"csi.storage.k8s.io/pod.namespace": f"tenant-{number}"}
+            node.publish(f"{fake_registry.host}/team/m{number}:v1", target, f"vol-{number}", attributes=attributes)
+            assert read(target) == own
+            wait_for(
+                lambda target=target: mount_at(node, target)["progress"]["blobs"][0]["present_blocks"] == 6,  # type: ignore[misc]
+                f"model {number} is not kept: {cache(node, 'df')}",
+            )
+            assert cache(node, "df")["used_bytes"] <= limit
+            if number:
+                node.unpublish(target, f"vol-{number}")
+        entries = cache(node, "ls")["entries"]
+        assert {entry["kind"] for entry in entries} == {"area"}, "nothing is shared"
+        assert len({entry["domain"] for entry in entries}) == len(entries)
+        assert [entry["in_use"] for entry in entries].count(True) == 1
+        assert cache(node, "df")["evicted_bytes"] > 0
+        cache(node, "prune")
+        assert [entry["in_use"] for entry in cache(node, "ls")["entries"]] == [True]
+        node.unpublish_all()
+
+
 def test_with_no_room_at_all_everything_is_still_readable(
     tmp_path: Path, fake_registry: FakeRegistry, content: bytes
 ) -> None:

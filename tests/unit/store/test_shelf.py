@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -196,3 +197,54 @@ def test_only_a_mount_that_has_the_blob_gets_its_file(shelf: Shelf, domain: Path
     (domain / "mounts" / OTHER / DIGEST.path_name / "data").write_bytes(CONTENT)
     with pytest.raises(CacheError, match="another file"):
         shelf.open_proven(OTHER, DIGEST)
+
+
+def test_a_blob_that_a_mount_has_begun_to_use_meanwhile_stays(shelf: Shelf, domain: Path) -> None:
+    fetched(domain).close()
+    shelf.promote(MOUNT, DIGEST, len(CONTENT), ["registry/a"])
+    (blob,) = [entry for entry in shelf.entries() if entry.kind is Kind.BLOB]
+    assert not blob.in_use
+    other = domain / "mounts" / OTHER
+    (other / DIGEST.path_name).mkdir()
+    fd = os.open(other, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    assert shelf.attach(OTHER, ["registry/a"], [(DIGEST, len(CONTENT))]).shared == (DIGEST,)
+    assert not shelf.remove(blob)
+    assert shelf.size_of(DIGEST) == len(CONTENT)
+    os.close(fd)
+    shelf.entries()
+    assert shelf.remove(blob)
+    assert shelf.size_of(DIGEST) is None
+
+
+def test_a_blob_that_was_pinned_meanwhile_stays(shelf: Shelf, domain: Path) -> None:
+    fetched(domain).close()
+    shelf.promote(MOUNT, DIGEST, len(CONTENT), ["registry/a"])
+    (blob,) = [entry for entry in shelf.entries() if entry.kind is Kind.BLOB]
+    shelf.set_pins({str(DIGEST): "demo"})
+    assert not shelf.remove(blob)
+    shelf.set_pins({})
+    assert shelf.remove(blob)
+
+
+def test_areas_of_isolated_domains_count_and_leave_but_share_nothing(tmp_path: Path) -> None:
+    for name in ("shared/blobs", f"shared/mounts/{OTHER}", f"apart/mounts/{MOUNT}", f"apart/mounts/.{OTHER}"):
+        (tmp_path / name).mkdir(parents=True)
+    fetched(tmp_path / "apart").close()
+    domain_fd, domains_fd = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in (tmp_path / "shared", tmp_path))
+    shelf = Shelf(domain_fd, "this boot", domains_fd)
+    assert not (tmp_path / "apart" / "mounts" / f".{OTHER}").exists(), "left by one who died while removing it"
+    area = next(entry for entry in shelf.entries() if entry.name == MOUNT)
+    assert (area.kind, area.domain, area.in_use) == (Kind.AREA, "apart", False)
+    assert area.size_bytes >= len(CONTENT)
+    with pytest.raises(CacheError):
+        shelf.promote(MOUNT, DIGEST, len(CONTENT), ["registry/a"])
+    fd = os.open(tmp_path / "apart" / "mounts" / MOUNT, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    assert next(entry for entry in shelf.entries() if entry.name == MOUNT).in_use
+    assert not shelf.remove(area)
+    os.close(fd)
+    assert shelf.remove(area)
+    assert [entry.name for entry in shelf.entries()] == [OTHER]
+    for fd in (domain_fd, domains_fd):
+        os.close(fd)
