@@ -10,7 +10,8 @@
     grant    what a mount may still allocate, and wants beyond it: how much more it may have, after eviction where it is needed
     ls, df, prune, verify, pin, unpin   what `modelmount cache` shows and does
 
-One thread reads the socket; another does what takes long (hashing, copying, verifying), at the lowest priority.
+One thread reads the socket; another does what takes long (hashing, copying, verifying), at the lowest priority, and the
+most urgent of it first (`csi.store.work`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import functools
 import json
 import logging
 import os
-import queue
 import socket
 import sys
 import threading
@@ -35,6 +35,7 @@ from csi.store import leftovers
 from csi.store.eviction import Entry, Kind, Limits, evict_for, room
 from csi.store.reserves import Reserves, share_of
 from csi.store.shelf import Shelf, parse_blobs
+from csi.store.work import Urgency, WorkQueue
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Store:
         self._reserves = Reserves()
         self._evicted_bytes = 0
         self._admission = threading.Lock()
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._work = WorkQueue()
 
     def run(self) -> None:
         """Until the supervisor closes the control socket."""
@@ -81,7 +82,7 @@ class Store:
                     raise ControlError("store: start needs the domain's directory, and that of all domains")
                 self._shelf = Shelf(fds[0], wire.field(request, "boot", str), fds[1])
                 for directory_fd in fds[2:]:
-                    self._work.put(functools.partial(_remove_old, directory_fd))
+                    self._work.put(Urgency.CLEAN_UP, functools.partial(_remove_old, directory_fd))
                 self._limits = Limits(
                     max_bytes=wire.field(request, "max_bytes", int), min_free=wire.field(request, "min_free", float)
                 )
@@ -95,7 +96,7 @@ class Store:
                 block = wire.field(request, "block", int)
                 return {"shared": self._ready().prove(_mount_id(request), digest, block, _origins(request))}
             case "promote":
-                self._work.put(lambda: self._promote(request))
+                self._work.put(Urgency.PROMOTE, lambda: self._promote(request))
                 return {}
             case "backing":
                 self._send_backing(request)
@@ -106,10 +107,10 @@ class Store:
             case "grant":
                 return {"size_bytes": self._grant(request)}
             case "verify":
-                self._work.put(lambda: self._administer(request))
+                self._verify(request)
                 return None
             case "ls" | "df" | "prune" | "pin" | "unpin":
-                self._administer(request)
+                self._answer(request, lambda: self._administered(request))
                 return None
             case other:
                 raise ControlError(f"store: unknown operation {other!r}")
@@ -154,7 +155,7 @@ class Store:
         mount_id, digest = _mount_id(request), Digest.parse(wire.field(request, "digest", str))
         file_fd = self._ready().open_proven(mount_id, digest)
         if file_fd is None:
-            self._work.put(lambda: self._prove_again(mount_id, digest))
+            self._work.put(Urgency.PROVE_AGAIN, lambda: self._prove_again(mount_id, digest))
             self._send(wire.ok(request))
             return
         try:
@@ -207,9 +208,31 @@ class Store:
             log.info("evicted %s %s: %d bytes", entry.kind, entry.name, entry.size_bytes)
         return removed
 
-    def _administer(self, request: wire.Message) -> None:
+    def _verify(self, request: wire.Message) -> None:
+        """One blob after the other, and answer after the last."""
+        shelf = self._ready()
+        names = [entry.name for entry in shelf.entries() if entry.kind is Kind.BLOB]
+        digests = iter([Digest.parse(name.replace("-", ":", 1)) for name in names])
+        found: list[dict[str, Any]] = []
+
+        def check_next() -> None:
+            digest = next(digests, None)
+            if digest is None:
+                self._answer(request, lambda: {"blobs": found})
+                return
+            try:
+                found.append({"digest": str(digest), "right": shelf.verify(digest)})
+            except Exception as exc:
+                log.exception("blob %s: checking it failed", digest.short())
+                self._send(wire.failed(request, exc))
+                return
+            self._work.put(Urgency.VERIFY, check_next)
+
+        self._work.put(Urgency.VERIFY, check_next)
+
+    def _answer(self, request: wire.Message, ask: Callable[[], dict[str, Any]]) -> None:
         try:
-            result = self._administered(request)
+            result = ask()
         except ModelMountError as exc:
             self._send(wire.failed(request, exc))
             return
@@ -236,10 +259,6 @@ class Store:
                 except OSError as exc:
                     raise CacheError(f"the pins cannot be written: {exc.strerror}") from exc
                 return {"pins": pins}
-            case "verify":
-                checked = [entry.name for entry in shelf.entries() if entry.kind is Kind.BLOB]
-                digests_ = [Digest.parse(name.replace("-", ":", 1)) for name in checked]
-                return {"blobs": [{"digest": str(digest), "right": shelf.verify(digest)} for digest in digests_]}
             case "prune":
                 unused = [entry for entry in shelf.entries() if not entry.in_use and not entry.pinned]
                 removed = [entry for entry in unused if self._evict(entry)]
