@@ -65,7 +65,8 @@ def troubles_of(mount: Mapping[str, Any] | None, target_path: str) -> list[Troub
                 Severity.INACCESSIBLE,
                 "MountLost",
                 "the mount is gone: reads fail with ENOTCONN until the volume is published again, which kubelet does by "
-                "itself within about a minute; a running container sees it after its own restart",
+                "itself within about a minute; a running container sees it after its own restart, or at once with "
+                "mountPropagation: HostToContainer",
             )
         ]
     found = [*_worker(mount), *_content(mount), *_fetching(mount), *_access(mount, target_path)]

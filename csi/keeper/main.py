@@ -135,7 +135,10 @@ class Keeper:
                 held = self._superblocks.get(mount_id)
                 if held is None:
                     raise MountError(f"target {target_path}: its mount is gone; publish again", target_path=target_path)
-                return {"bound": self._targets.bind(held.root_fd, held.device, target_path)}, []
+                live = {
+                    one.device for one in self._superblocks.values()
+                }  # a dead one was removed when it was made anew
+                return {"bound": self._targets.bind(held.root_fd, held.device, target_path, live)}, []
             case "unbind":
                 self._targets.unbind(wire.field(request, "target_path", str))
                 return {}, []

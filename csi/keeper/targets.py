@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from csi import mountinfo
 from csi.errors import InvalidVolumeError, MountError
@@ -24,6 +24,7 @@ _BIND_ATTRIBUTES = (
     | syscalls.MOUNT_ATTR_NOEXEC
     | syscalls.MOUNT_ATTR_NOATIME
 )
+_MAX_DEAD = 8  # below one another; then they go first
 _MAX_STACKED = 64  # mounts on one target; more means somebody else mounts while we unmount
 
 
@@ -33,12 +34,14 @@ class Targets:
     def __init__(self, roots: Sequence[str]) -> None:
         self._roots = [(os.path.normpath(root), os.path.realpath(root)) for root in roots]
 
-    def bind(self, root_fd: int, device: str, target_path: str) -> bool:
+    def bind(self, root_fd: int, device: str, target_path: str, live: Container[str] = ()) -> bool:
         """Bind the superblock with that root read-only to `target_path`, which is created if need be. By its root and not by
         where it is mounted: if somebody has unmounted it there, a pod would see the node's own directory below.
 
-        A target that shows `device` already is left alone (returns False). A target that shows a mount of ours
-        over another superblock (a dead one, say) is replaced.
+        A target that shows `device` already is left alone (returns False). A mount of ours over another superblock that is
+        among the `live` devices is replaced. Over one that is dead the new one is put: then it comes up in running containers
+        too, where they have the volume with `mountPropagation: HostToContainer`; a dead mount that was taken away first would
+        stay in them. `unbind` takes all of them away.
 
         Raises: MountError for a target that is not an empty directory, or holds a mount that is not ours; then
         nothing was changed, and a directory made here is gone again.
@@ -55,10 +58,14 @@ class Targets:
                         "unmount it, or choose another target",
                         target_path=target_path,
                     )
-                _detach_all(parent_fd, name, target_path)
+                over_dead = 0 < len(stacked) < _MAX_DEAD and stacked[-1].device not in live
+                if not over_dead:
+                    _detach_all(parent_fd, name, target_path)
                 target_fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent_fd)
                 try:
-                    if not created:
+                    if over_dead:
+                        _require_mount(target_fd, stacked[-1], target_path)
+                    elif not created:
                         _require_empty(target_fd, parent_fd, target_path)
                     tree_fd = syscalls.clone_tree(f"/proc/self/fd/{root_fd}")
                     try:
@@ -151,6 +158,11 @@ def _make_directory(parent_fd: int, name: str, target_path: str) -> bool:
             errno=exc.errno,
         ) from exc
     return True
+
+
+def _require_mount(target_fd: int, wanted: mountinfo.MountEntry, target_path: str) -> None:
+    if _mount_no(target_fd) != wanted.mount_no:
+        raise MountError(f"target {target_path}: something else was mounted there meanwhile", target_path=target_path)
 
 
 def _require_empty(target_fd: int, parent_fd: int, target_path: str) -> None:

@@ -493,6 +493,29 @@ def test_a_restarted_container_sees_a_mount_that_was_made_anew(own_machine: Mach
     assert own_machine.mounts() == []
 
 
+def test_a_running_container_sees_a_mount_that_was_made_anew_where_it_asks_for_that(
+    own_machine: Machine, model: str
+) -> None:
+    """`mountPropagation: HostToContainer`: the dead mount is covered in the container too, again and again."""
+    kubelet, pod = own_machine.kubelet, pod_of(model)
+    kubelet.run(pod)
+    mount = VolumeMount(name="model", at="m", host_to_container=True)
+    with Container(kubelet, pod, SERVER, mount) as container:
+        for _ in range(2):
+            assert container.ask("/mnt/m/config.json") == HASHES["config.json"]
+            own_machine.node.stop()
+            own_machine.node.start()
+            assert container.ask("/mnt/m") == "Transport endpoint is not connected"
+            kubelet.wait_registered()
+            kubelet.advance(80)
+            assert kubelet.is_mounted(pod)
+            assert container.ask("/mnt/m/weights/model.safetensors") == HASHES["weights/model.safetensors"]
+        kubelet.delete(pod)
+        kubelet.advance(10)
+    assert kubelet.is_gone(pod)
+    assert own_machine.mounts() == []
+
+
 WRITES = r"""
 import ctypes, errno, os, sys
 libc = ctypes.CDLL(None, use_errno=True)

@@ -1,8 +1,8 @@
 """Containers as their runtime makes them, as far as volumes go: a process in a mount name space and a root of its own.
 
 The image is the host's root file system, read-only, without anything that is mounted in it; volumes are bound below /mnt
-with the flags a runtime gives them (`ro` or `rw`: the host's nosuid and nodev do not reach a container), private: what is mounted on the host later is not
-seen. The old root is detached, so a container holds on to nothing else of the host's.
+with the flags a runtime gives them (`ro` or `rw`: the host's nosuid and nodev do not reach a container), private, so that what is
+mounted on the host later is not seen, unless the pod asks for `mountPropagation: HostToContainer`. The old root is detached, so a container holds on to nothing else of the host's.
 
 Source: runc's rootfs_linux.go (prepareRoot, mountPropagate, pivotRoot), measured on a real node.
 """
@@ -22,10 +22,10 @@ root=$1; count=$2; shift 2
 mount --bind / "$root"
 mount -t tmpfs none "$root/mnt"
 while [ "$count" -gt 0 ]; do
-  source=$1 name=$2 options=$3; shift 3; count=$((count - 1))
+  source=$1 name=$2 options=$3 propagation=$4; shift 4; count=$((count - 1))
   if [ -d "$source" ]; then mkdir "$root/mnt/$name"; else : > "$root/mnt/$name"; fi
   mount --no-canonicalize --bind "$source" "$root/mnt/$name"
-  mount --no-canonicalize --make-rprivate "$root/mnt/$name"
+  mount --no-canonicalize "--make-r$propagation" "$root/mnt/$name"
   mount --no-canonicalize -o "remount,bind,$options" "$root/mnt/$name"
 done
 mount --rbind /proc "$root/proc"
@@ -47,6 +47,7 @@ class VolumeMount:
     at: str
     sub_path: str = ""
     read_only: bool = True
+    host_to_container: bool = False
 
 
 class Container:
@@ -67,7 +68,7 @@ class Container:
                 else kubelet.target(pod, mount.name)
             )
             options = f"{'ro' if mount.read_only else 'rw'},suid,dev,exec,noatime"
-            arguments += [str(source), mount.at, options]
+            arguments += [str(source), mount.at, options, "slave" if mount.host_to_container else "private"]
         self.process = subprocess.Popen(
             [*_UNSHARE, str(root), str(len(mounts)), *arguments, *command],
             stdin=subprocess.PIPE,
