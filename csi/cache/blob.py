@@ -412,14 +412,19 @@ class BlobWriter(_MappedBlob):
         with self._allocating:
             if (size := os.fstat(fd).st_size) >= length:
                 return  # another thread was first
-            if size == 0 and self._allowance is not None:
-                self._allowance.take(length)
-            with self._replacing:
-                lost = self._forget(segment, size)
-                self.lost_blocks += lost
-                if lost or known:
-                    self._next_generation()  # before there is something to read again
-            os.posix_fallocate(fd, 0, length)
+            allowance = self._allowance if size == 0 else None
+            if allowance is not None:
+                allowance.take(length)
+            try:
+                with self._replacing:
+                    lost = self._forget(segment, size)
+                    self.lost_blocks += lost
+                    if lost or known:
+                        self._next_generation()  # before there is something to read again
+                os.posix_fallocate(fd, 0, length)
+            finally:
+                if allowance is not None:
+                    allowance.landed(length)
 
     def _forget(self, segment: int, size: int) -> int:
         """Take the marks from the blocks of a segment that end beyond its first `size` bytes. How many there were."""

@@ -83,6 +83,7 @@ class BuildService:
         self._lock = threading.Lock()
         self._waiting: dict[tuple[int, int], list[wire.Message]] = {}
         self._spools: dict[Digest, str] = {}
+        self._room_bytes = 0  # for spools: what the worker will write, or has written
         self._thread = threading.Thread(target=self._run, daemon=True, name="build")
 
     def start(self) -> None:
@@ -121,6 +122,7 @@ class BuildService:
                 self._engine.stop()
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._remove_spools()
+            self._allowance.landed(self._room_bytes)
             self._channel.close()
 
     def _handle(self, request: wire.Message, fds: list[int]) -> None:
@@ -140,7 +142,9 @@ class BuildService:
                 case "spool":
                     self._spool(request)
                 case "room":
-                    self._allowance.take(wire.field(request, "size_bytes", int))
+                    size_bytes = wire.field(request, "size_bytes", int)
+                    self._allowance.take(size_bytes)
+                    self._room_bytes += size_bytes
                     self._answers.ok(request)
                 case "keep":
                     self._keep(request, wire.exactly(fds, 1)[0])
