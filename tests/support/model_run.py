@@ -291,13 +291,24 @@ class Run:
                     for lie in self._memory.lies
                 ):
                     return
-                if verify == "eager" and self._plan.cache_limit and exc.code() is grpc.StatusCode.ABORTED:
-                    return  # what others use leaves it no room
+                if verify == "eager" and exc.code() is grpc.StatusCode.ABORTED and self._may_lack_room(new):
+                    return
                 raise WrongError(f"publish of {reference} ({promised}): {problem}") from None
         new.mount_id = self._mount_id_of(new.target)
         self._slots[slot] = self._volumes[name] = new
         for reader in self._readers:
             reader.tell("open", volume=name, mount=str(new.target), plain=str(self._directory / model))
+
+    def _may_lack_room(self, new: Slot) -> bool:
+        """Whether all volumes in use could take up the cache: each with files of its own, and the store with a copy of each file. So
+        could a download that was given up and goes on.
+        """
+        in_use = [new.files, *(slot.files for slot in self._slots.values())]
+        needed = sum(_SIZES[file] for files in in_use for file in files) + sum(
+            _SIZES[file] for file in set().union(*in_use)
+        )
+        given_up = any(not mount["targets"] for mount in self.node.status())
+        return 0 < self._plan.cache_limit < needed or (self._plan.cache_limit > 0 and given_up)
 
     def _mount_id_of(self, target: Path) -> str:
         for mount in self.node.status():
