@@ -122,6 +122,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         kinds = ["raw", "pyfuse3"]
         if metafunc.definition.get_closest_marker("old_kernel") or metafunc.config.getoption("--old-kernel"):
             kinds.append(OLD_KERNEL)
+        if metafunc.definition.get_closest_marker("old_pyfuse3"):
+            kinds.append(OLD_PYFUSE3)
         if metafunc.module.__name__.endswith("_kills"):
             kinds.append("passthrough")
         metafunc.parametrize("backend", kinds, scope="session")
@@ -129,13 +131,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 OLD_KERNEL = "no-resend"
 """The raw backend as on a kernel before 6.9, which nobody can ask to give requests out again."""
+OLD_PYFUSE3 = "pyfuse3-no-resend"
+"""pyfuse3 on such a kernel: it gets through what is planned."""
 
 
 def supervisor_flags(backend: str) -> list[str]:
     """`raw` and `pyfuse3`: every read is answered by the worker."""
     if backend == "passthrough":
         return ["--fuse-backend=raw", "--passthrough=auto", "--cache-min-free=0"]
-    backend = "raw" if backend == OLD_KERNEL else backend
+    backend = {OLD_KERNEL: "raw", OLD_PYFUSE3: "pyfuse3"}.get(backend, backend)
     return [f"--fuse-backend={backend}", "--passthrough=off", "--cache-min-free=0"]
 
 
@@ -176,12 +180,13 @@ def stage(backend: str, place: Path, registry: FakeRegistry, table: Table) -> It
     digest = registry.add_model("team/model", "v1", {"weights.bin": content}, indexed=True)
     small_digest = registry.add_model("team/small", "v1", {"small.bin": small}, indexed=True)
     flags = [*supervisor_flags(backend), f"--read-deadline={READ_DEADLINE_S}", f"--idle-exit={IDLE_EXIT_S}"]
-    checkouts = {"keeper": on_an_old_kernel(directory)} if backend == OLD_KERNEL else {}
+    is_old = backend in (OLD_KERNEL, OLD_PYFUSE3)
+    checkouts = {"keeper": on_an_old_kernel(directory)} if is_old else {}
     with ContainerNode(directory, {"supervisor": flags}, checkouts) as node, Readers(directory / "readers") as readers:
         target, here = node.target("readers")
         reference = f"{registry.host}/team/model@{digest}"
         node.publish(reference, target, "vol-readers")
-        assert node.status(target)["can_resend"] or backend == OLD_KERNEL
+        assert node.status(target)["can_resend"] != is_old
         node.wait_until("the model to be complete", lambda: is_verified(node.status(target)))
         expected = directory / "readers" / "expected.bin"
         expected.write_bytes(content)

@@ -64,6 +64,7 @@ def test_the_keeper_is_killed(stage: Stage) -> None:
     shows_the_same_superblock_elsewhere(stage, "after-keeper")
 
 
+@pytest.mark.old_pyfuse3
 def test_the_keeper_is_replaced(stage: Stage) -> None:
     with stage.event("upgrade of the keeper"):
         replace(stage, "keeper")
@@ -76,6 +77,7 @@ def test_the_node_is_killed(stage: Stage) -> None:
         stage.node.republish()
 
 
+@pytest.mark.old_pyfuse3
 def test_the_node_is_replaced(stage: Stage) -> None:
     with stage.event("upgrade of the node"):
         replace(stage, "node")

@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.fuse, pytest.mark.survival, pytest.mark.timeout(600)]
 
 
 @pytest.mark.old_kernel
+@pytest.mark.old_pyfuse3
 def test_a_rolling_upgrade_of_the_supervisor(stage: Stage) -> None:
     with stage.event("upgrade of the supervisor"):
         roll(stage)
@@ -25,6 +26,7 @@ def test_a_rolling_upgrade_of_the_supervisor(stage: Stage) -> None:
     stage.node.unpublish(target)
 
 
+@pytest.mark.old_pyfuse3
 def test_upgrades_one_after_the_other(stage: Stage) -> None:
     with stage.event("three upgrades of the supervisor in a row"):
         for _ in range(3):
