@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,12 @@ import pytest
 from fakes.registry import FakeRegistry, Fault
 from support.node_process import NodeProcess, alive
 from support.pause_reader import CheckingReader
-from support.separate_processes import SeparateProcesses
+from support.separate_processes import TIMEOUT_S, SeparateProcesses, mount_of, skip_without_resend, wait_for
 
 from csi.control.keeper import KeeperClient
-from csi.errors import ControlError
 
 pytestmark = [pytest.mark.fuse, pytest.mark.timeout(200)]
 
-TIMEOUT_S = 60.0
 SIZE = 24 << 20
 
 
@@ -47,27 +44,8 @@ def reference(fake_registry: FakeRegistry, content: bytes) -> str:
 def publish(node: SeparateProcesses, reference: str) -> Path:
     target = node.target()
     node.publish(reference, target)
-    mount = KeeperClient(str(node.state_dir)).mounts()[0]
-    if mount.backend == "pyfuse3" and not mount.can_resend:
-        pytest.skip("this kernel has no FUSE_NOTIFY_RESEND (Linux 6.9), and pyfuse3 serves the mount")
+    skip_without_resend(node)
     return target
-
-
-def mount_of(node: NodeProcess) -> dict[str, Any]:
-    deadline = time.monotonic() + TIMEOUT_S
-    while True:
-        with contextlib.suppress(ControlError):
-            (mount,) = node.status()
-            return mount
-        assert time.monotonic() < deadline, node.log()
-        time.sleep(0.02)
-
-
-def wait_for(node: NodeProcess, what: str, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: {mount_of(node)} {node.log()}"
-        time.sleep(0.02)
 
 
 def wait_idle(node: NodeProcess) -> None:

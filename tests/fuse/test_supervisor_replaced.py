@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import random
@@ -10,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from fakes.registry import FakeRegistry, model_manifest
 from support.hang import hung
 from support.node_process import NodeProcess, alive, process_of
 from support.pause_reader import CheckingReader
-from support.separate_processes import SeparateProcesses
+from support.separate_processes import SeparateProcesses, mount_of, skip_without_resend, wait_for
 
 from csi.control import wire
 from csi.control.keeper import KeeperClient
@@ -28,8 +27,6 @@ from csi.errors import ControlError
 from csi.supervisor.heartbeat import look
 
 pytestmark = [pytest.mark.fuse, pytest.mark.timeout(200)]
-
-TIMEOUT_S = 60.0
 
 
 @pytest.fixture(params=["raw", "pyfuse3"])
@@ -57,30 +54,6 @@ def served_mount_of(node: NodeProcess) -> dict[str, Any]:
     while None in ((mount := mount_of(node))["worker_pid"], mount["fetcher_pid"]):
         time.sleep(0.02)  # pytest's own time limit ends it
     return mount
-
-
-def mount_of(node: NodeProcess) -> dict[str, Any]:
-    """The one mount's status, as soon as a supervisor answers."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while True:
-        with contextlib.suppress(ControlError):
-            (mount,) = node.status()
-            return mount
-        assert time.monotonic() < deadline, node.log()
-        time.sleep(0.02)
-
-
-def wait_for(node: NodeProcess, what: str, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: {node.log()}"
-        time.sleep(0.02)
-
-
-def skip_without_resend(node: NodeProcess) -> None:
-    mount = KeeperClient(str(node.state_dir)).mounts()[0]
-    if mount.backend == "pyfuse3" and not mount.can_resend:
-        pytest.skip("this kernel has no FUSE_NOTIFY_RESEND (Linux 6.9), and pyfuse3 serves the mount")
 
 
 def test_sigkill_of_the_supervisor_alone_leaves_its_worker_serving(

@@ -7,8 +7,10 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
+import pytest
 from support.node_process import COMMAND, NodeProcess
 
 from csi.control.keeper import KeeperClient
@@ -115,3 +117,29 @@ class SeparateProcesses(NodeProcess):
             except ControlError:
                 assert time.monotonic() < deadline, self.log()
                 time.sleep(0.02)
+
+
+def mount_of(node: NodeProcess) -> dict[str, Any]:
+    """The one mount's status, as soon as a supervisor answers."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        with contextlib.suppress(ControlError):
+            (mount,) = node.status()
+            return mount
+        assert time.monotonic() < deadline, node.log()
+        time.sleep(0.02)
+
+
+def wait_for(node: NodeProcess, what: str, condition: Callable[[], bool]) -> None:
+    """Until `condition` holds; the test fails with the node's log when it never does."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: {node.log()}"
+        time.sleep(0.02)
+
+
+def skip_without_resend(node: NodeProcess) -> None:
+    """Where a mount that pyfuse3 serves loses what a dead worker had taken."""
+    mount = KeeperClient(str(node.state_dir)).mounts()[0]
+    if mount.backend == "pyfuse3" and not mount.can_resend:
+        pytest.skip("this kernel has no FUSE_NOTIFY_RESEND (Linux 6.9), and pyfuse3 serves the mount")
