@@ -22,14 +22,18 @@ def is_asked(fuse_fd: int, table_fd: int) -> bool:
         return True
 
 
-async def until_asked(fuse_fd: int, table_fd: int) -> None:
-    """Returns when `is_asked`. Reads nothing; while it waits nobody else may read the connection."""
+async def until_asked(fuse_fd: int, table_fd: int, patience_s: float | None = None) -> bool:
+    """Returns when `is_asked`, or False after `patience_s`. Reads nothing; while it waits nobody else may read the connection."""
     loop, asked = asyncio.get_running_loop(), asyncio.Event()
     watched = os.dup(fuse_fd)  # the caller may close its own before we hear that it gave up
     loop.add_reader(watched, asked.set)
     try:
         if not is_asked(watched, table_fd):
-            await asked.wait()
+            async with asyncio.timeout(patience_s):
+                await asked.wait()
+        return True
+    except TimeoutError:
+        return is_asked(watched, table_fd)
     finally:
         loop.remove_reader(watched)
         os.close(watched)

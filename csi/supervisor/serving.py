@@ -237,7 +237,7 @@ class Serving(Half):
     async def _watch(self) -> None:
         while not self._stopping:
             if self.resting:
-                await until_asked(self._fuse_fd, self._table_fd)
+                await self._until_asked()
                 self.resting = False
                 if self._has_ended():
                     return
@@ -278,6 +278,13 @@ class Serving(Half):
             and (kept.backend == BackendName.RAW or bool(kept.can_resend))
         )
 
+    async def _until_asked(self) -> None:
+        """A worker that is gone may have taken requests, also in the moment of its end: they come back, or lie in the table."""
+        for patience_s in (0.5, 2.0, None):
+            self._resend()
+            if await until_asked(self._fuse_fd, self._table_fd, patience_s):
+                return
+
     async def _rest(self) -> None:
         """End the worker, until it is asked for. What it takes meanwhile is in the table, or comes back by RESEND."""
         reads = await self.stats()
@@ -286,7 +293,6 @@ class Serving(Half):
                 return
             await self._leave(self.child)
             self.child = None
-            self._resend()
             self.resting, self._last_reads = True, reads
         log.info("mount %s: nobody reads; its worker has ended until somebody does", self._name)
 
