@@ -161,6 +161,14 @@ class BlockWrite:
         except OSError as exc:
             raise CacheError(f"cache write failed: {exc.strerror}") from exc
 
+    def read_back(self, buffer: memoryview) -> None:
+        """The beginning of the block as it was written. Raises: CacheError."""
+        try:
+            if os.preadv(self._opened.fd, [buffer], self._offset) != len(buffer):
+                raise CacheError("cache read failed: the segment was cut off")
+        except OSError as exc:
+            raise CacheError(f"cache read failed: {exc.strerror}") from exc
+
     def commit(self) -> bool:
         """Every byte is written (and checked, where that can be done): readers may have the block. False when what was
         written is not the blob's any more; the block is then absent, or there in another way.

@@ -135,7 +135,7 @@ class FetchEngine:
             self._counters,
             self._lock,
             on_lent=on_lent,
-            on_written=on_block,
+            on_written=self._written,
         )
         self._threads: list[threading.Thread] = []
         self._width = Width(settings.threads, settings.most_threads)
@@ -311,7 +311,7 @@ class FetchEngine:
 
     def _widen(self) -> None:
         """Have as many fetch threads as should be. The first is for readers only. Call with the lock."""
-        while self._fetching < self._width.now and not self._stopping:
+        while self._fetching < self._width.ranges and not self._stopping:
             least = Priority.AHEAD if self._fetching == 0 else Priority.BACKGROUND
             self._spawn(f"fetch-{self._fetching}", functools.partial(self._fetch_loop, least, self._fetching))
             self._fetching += 1
@@ -364,14 +364,14 @@ class FetchEngine:
         """None for a thread that is to end: the last ones, when fewer are wanted."""
         with self._lock:
             while not self._stopping:
-                if number >= self._width.now and number == self._fetching - 1:
+                if number >= self._width.ranges and number == self._fetching - 1:
                     self._fetching -= 1
                     self._lock.notify_all()
                     return None
                 allowed, patience_s = self._allowed(least)
                 # What can only be lent must not be more than is read before its room in memory is needed again.
                 length = self._range_length.now if patience_s is None else SHORTEST
-                along = length // 2 if patience_s is None else 0
+                along = length if patience_s is None else 0
                 if job := self._scheduler.next_job(allowed, length, along=along):
                     return job
                 if self._intake.missed_writes and allowed is Priority.BACKGROUND:
@@ -426,7 +426,12 @@ class FetchEngine:
         offset = first * blocks.BLOCK_BYTES
         length = min(count * blocks.BLOCK_BYTES, spec.size_bytes - offset)
         try:
+            asked = time.monotonic()
             reader = source.open_range(spec.digest, spec.size_bytes, offset, length)
+            answered = time.monotonic()
+            with self._lock:
+                self._width.waited(answered - asked)
+                self._widen()
             try:
                 for block in range(first, first + count):
                     content = buffer[: blocks.block_length(spec.size_bytes, block)]
@@ -448,6 +453,8 @@ class FetchEngine:
                         self._arrived(job.blob, block, fetched_bytes=len(content))
                     if self._stopping:
                         return
+                with self._lock:
+                    self._width.transferred(time.monotonic() - answered)
             finally:
                 reader.close()
         except (RegistryError, ContentError):
@@ -478,12 +485,13 @@ class FetchEngine:
                 self._counters.rechecked_blocks += 1
             self._lock.notify_all()
         if self._is_present(blob, block):  # else it was lent, and said so
-            self._on_block(blob, block)
-            if (
-                self._hashes[blob] is not None
-                and self._writers[blob].stored_blocks() == self._writers[blob].block_count
-            ):
-                self._told_complete(blob)
+            self._written(blob, block)
+
+    def _written(self, blob: int, block: int) -> None:
+        """The block can be read from the cache, at once or behind its reader."""
+        self._on_block(blob, block)
+        if self._hashes[blob] is not None and self._writers[blob].stored_blocks() == self._writers[blob].block_count:
+            self._told_complete(blob)
 
     def _displaced(self, job: Job, block: int, fetched_bytes: int) -> None:
         """What was fetched was not needed: something else took its place, and has to be looked at if somebody waits."""

@@ -15,6 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 
 from csi.cache.blob import BlobWriter, BlockWrite
@@ -22,7 +23,7 @@ from csi.cache.ring import LendingRing
 from csi.errors import CacheError
 from csi.fetcher.counters import Counters
 from csi.integrity import index
-from csi.integrity.index import BlobHashes
+from csi.integrity.index import BlobHashes, Hasher
 from csi.stream import blocks
 from csi.stream.ports import RangeReader
 
@@ -34,6 +35,10 @@ _CACHE_REST_S = 5.0
 """How long nothing is written after the cache refused a write."""
 _SLOW_WRITE_S, _QUICK_WRITE_S = 0.1, 0.01
 """Seconds for a block, averaged: from the first on the disk may be slow, below the second it is quick again."""
+_LATE_WRITE_S = 0.008
+"""What writing the first pieces of a block may take before its reader gets the rest through memory."""
+_SLOW_PIECE_S, _STUCK_PIECE_S = 0.002, 0.04
+"""A piece that takes the first is slow, and two of them are a slow disk; one may be a lost core, unless it takes the second."""
 
 
 class Outcome(Enum):
@@ -49,6 +54,34 @@ class Outcome(Enum):
     """The cache refused a part of it, and what was written before is not in memory any more: the rest of the range was not
     read, and the block has to be asked for again.
     """
+
+
+@dataclass(frozen=True, slots=True)
+class _Lent:
+    """A block in memory that is to be written: all of it, or with `write` what comes after its first `written` bytes."""
+
+    blob: int
+    block: int
+    slot: int
+    write: BlockWrite | None = None
+    written: int = 0
+
+
+class _Pace:
+    """Whether the pieces of one block show that its reader would wait for the disk."""
+
+    def __init__(self) -> None:
+        self.writing_s = 0.0
+        self._slow_pieces, self._longest_s = 0, 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.writing_s += seconds
+        self._slow_pieces += seconds > _SLOW_PIECE_S
+        self._longest_s = max(self._longest_s, seconds)
+
+    @property
+    def is_late(self) -> bool:
+        return self.writing_s > _LATE_WRITE_S and (self._slow_pieces > 1 or self._longest_s > _STUCK_PIECE_S)
 
 
 class _Average:
@@ -83,7 +116,7 @@ class Intake:
         self._writers, self._ring, self._counters, self._lock = writers, ring, counters, lock
         self._on_lent, self._on_written = on_lent, on_written
         self._being_written: set[tuple[int, int]] = set()  # lent, and on its way to the disk; under the lock
-        self._behind: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
+        self._behind: queue.SimpleQueue[_Lent | None] = queue.SimpleQueue()
         self._no_writes_until = 0.0
         self._write_time, self._receive_time = _Average(), _Average()  # seconds for a block
         self._disk_is_slow = False
@@ -129,7 +162,7 @@ class Intake:
         """
         slot = self._ring.take() if self._disk_is_slow and wanted and self._ring is not None else None
         if slot is None or self._ring is None:
-            return self._to_disk(reader, blob, block, content, hashes)
+            return self._to_disk(reader, blob, block, content, hashes, wanted=wanted)
         lent = False
         try:
             begun = time.monotonic()
@@ -137,7 +170,7 @@ class Intake:
             if not _receive(reader, content, hashes, block):
                 return Outcome.WRONG
             self._note_times(None, time.monotonic() - begun, len(content))
-            self._lend(blob, block, slot, write=True)
+            self._lend(blob, block, slot, _Lent(blob, block, slot))
             lent = True
         finally:
             if not lent:
@@ -145,54 +178,112 @@ class Intake:
         return Outcome.TAKEN
 
     def _to_disk(
-        self, reader: RangeReader, blob: int, block: int, content: memoryview, hashes: BlobHashes | None
+        self,
+        reader: RangeReader,
+        blob: int,
+        block: int,
+        content: memoryview,
+        hashes: BlobHashes | None,
+        *,
+        wanted: bool,
     ) -> Outcome:
         write, refused = self._begin(blob, block)
         if refused:
             if not _receive(reader, content, hashes, block):
                 return Outcome.WRONG
             if self._ring is not None and (slot := self._ring.lend(content)) is not None:
-                self._lend(blob, block, slot, write=False)
+                self._lend(blob, block, slot)
             return Outcome.TAKEN
         check = index.hasher() if hashes is not None else None
-        begun, writing_s = time.monotonic(), 0.0
+        begun, pace = time.monotonic(), _Pace()
         for start in range(0, len(content), PIECE_BYTES):
             piece = content[: min(PIECE_BYTES, len(content) - start)]
             reader.readinto(piece)
             if check is not None:
                 check.update(piece)
-            if write is not None:
-                write_begun = time.monotonic()
-                if not self._write_piece(write, start, piece):
-                    return Outcome.CUT_SHORT
-                writing_s += time.monotonic() - write_begun
+            if write is None:
+                continue
+            write_begun = time.monotonic()
+            if not self._write_piece(write, start, piece):
+                return Outcome.CUT_SHORT
+            pace.observe(time.monotonic() - write_begun)
+            written = start + len(piece)
+            if (
+                wanted
+                and written < len(content)
+                and pace.is_late
+                and self._ring is not None
+                and (slot := self._ring.take()) is not None
+            ):
+                self._note_times(pace.writing_s * len(content) / written, None, len(content))
+                return self._rest_in_memory(
+                    reader, _Lent(blob, block, slot, write, written), len(content), check, hashes
+                )
         if check is not None and hashes is not None and not hashes.is_hash(block, check.digest()):
             return Outcome.WRONG
         if write is None:
             return Outcome.DISPLACED
-        self._note_times(writing_s, time.monotonic() - begun - writing_s, len(content))
+        self._note_times(pace.writing_s, time.monotonic() - begun - pace.writing_s, len(content))
         return Outcome.TAKEN if write.commit() else Outcome.DISPLACED
+
+    def _rest_in_memory(
+        self, reader: RangeReader, lent: _Lent, length: int, check: Hasher | None, hashes: BlobHashes | None
+    ) -> Outcome:
+        """The disk turned out slow while a block was written to it: its reader gets it through the slot that we hold."""
+        assert self._ring is not None
+        assert lent.write is not None
+        content, given = self._ring.content(lent.slot, length), False
+        try:
+            try:
+                lent.write.read_back(content[: lent.written])  # still in memory, as it was written just now
+            except CacheError as exc:
+                self._refused(exc)
+                return Outcome.CUT_SHORT
+            for start in range(lent.written, length, PIECE_BYTES):
+                piece = content[start : start + PIECE_BYTES]
+                reader.readinto(piece)
+                if check is not None:
+                    check.update(piece)
+            if check is not None and hashes is not None and not hashes.is_hash(lent.block, check.digest()):
+                return Outcome.WRONG
+            self._lend(lent.blob, lent.block, lent.slot, lent)
+            given = True
+        finally:
+            if not given:
+                self._ring.release(lent.slot)
+        return Outcome.TAKEN
 
     def write_loop(self) -> None:
         """Write what was lent, until `stop`: for a thread of its own."""
-        assert self._ring is not None
         while (lent := self._behind.get()) is not None:
-            blob, block, slot = lent
-            content = self._ring.content(slot, blocks.block_length(self._writers[blob].size_bytes, block))
-            begun = time.monotonic()
+            is_written = False
             try:
-                write = self._writers[blob].begin(block)
-                if write is not None:
-                    write.write(0, content)
-                    self._note_times(time.monotonic() - begun, None, len(content))
-                    if write.commit():
-                        self._on_written(blob, block)
+                is_written = self._write_behind(lent)
             except CacheError as exc:
                 self._refused(exc)
             finally:
                 with self._lock:
-                    self._being_written.discard((blob, block))
-                self._ring.release(slot)
+                    self._being_written.discard((lent.blob, lent.block))
+                    if not is_written:
+                        self._counters.unwritten_blocks += 1
+                        self.missed_writes = True
+                        self._lock.notify_all()
+                assert self._ring is not None
+                self._ring.release(lent.slot)
+            if is_written:
+                self._on_written(lent.blob, lent.block)
+
+    def _write_behind(self, lent: _Lent) -> bool:
+        """Whether readers find the block on the disk now. Raises: CacheError."""
+        assert self._ring is not None
+        size = blocks.block_length(self._writers[lent.blob].size_bytes, lent.block)
+        write = lent.write or self._writers[lent.blob].begin(lent.block)
+        if write is None:
+            return False
+        begun = time.monotonic()
+        write.write(lent.written, self._ring.content(lent.slot, size)[lent.written :])
+        self._note_times((time.monotonic() - begun) * size / (size - lent.written), None, size)
+        return write.commit()
 
     def stop(self) -> None:
         """`write_loop` ends once it has written what was lent before."""
@@ -216,10 +307,10 @@ class Intake:
             return False
         return True
 
-    def _lend(self, blob: int, block: int, slot: int, *, write: bool) -> None:
+    def _lend(self, blob: int, block: int, slot: int, write: _Lent | None = None) -> None:
         """Give a block in a slot that we hold to the worker, and `write` it behind its back if there is time."""
         assert self._ring is not None
-        behind = write and self._ring.free_slots > self._ring.slots // 2
+        behind = write is not None and self._ring.free_slots > self._ring.slots // 2
         if behind:
             self._ring.hold(slot)
         with self._lock:
@@ -229,7 +320,7 @@ class Intake:
             else:
                 self._counters.unwritten_blocks += 1
         if behind:
-            self._behind.put((blob, block, slot))
+            self._behind.put(write)
         if not self._on_lent(blob, block, slot):
             self._ring.release(slot)
 

@@ -177,6 +177,12 @@ def engine_on(area: int, source: MemorySource, *, fill: bool, indexed: bool = Tr
     return engine, reader
 
 
+def lent_blocks(engine: FetchEngine) -> int:
+    count = engine.snapshot()["lent_blocks"]
+    assert isinstance(count, int)
+    return count
+
+
 def assert_all_right(reader: Reader) -> None:
     for block, content in reader.got.items():
         assert content == CONTENT[block * BLOCK_BYTES :][:BLOCK_BYTES], block
@@ -226,6 +232,45 @@ def test_readers_do_not_wait_for_a_slow_disk(area: int, indexed: bool) -> None:
             engine.want(0, block, 1, Priority.DEMAND)
         reader.wait(lambda: set(reader.got) >= set(absent))
     assert_all_right(reader)
+    engine.stop()
+
+
+def test_a_reader_does_not_wait_for_the_rest_of_a_block_on_a_disk_that_turns_slow(area: int) -> None:
+    engine, reader = engine_on(area, MemorySource(), fill=False)
+    engine.want(0, 0, 1, Priority.DEMAND)
+    reader.wait(lambda: 0 in reader.got)
+    lent_before = lent_blocks(engine)  # none, unless the machine is too busy to tell
+    SlowWriter.delay_s = 0.05  # a piece; eight of them are a block
+    engine.want(0, 1, 1, Priority.DEMAND)
+    reader.wait(lambda: 1 in reader.got)
+    assert lent_blocks(engine) == lent_before + 1, "the first block already that the disk is slow for"
+    SlowWriter.delay_s = 0.0
+    reader.wait(lambda: reader.writer.has(1))
+    content = bytearray(BLOCK_BYTES)
+    reader.writer.read_into([memoryview(content)], BLOCK_BYTES)
+    assert content == CONTENT[BLOCK_BYTES : 2 * BLOCK_BYTES], (
+        "its beginning was written before, its end behind the reader"
+    )
+    assert_all_right(reader)
+    engine.stop()
+
+
+def test_a_blob_whose_last_block_is_written_behind_its_reader_is_complete(area: int) -> None:
+    engine, reader = engine_on(area, MemorySource(), fill=False)
+    last = 3
+    for block in range(block_count(SIZE)):
+        if block != last:
+            engine.want(0, block, 1, Priority.DEMAND)
+            reader.wait(lambda block=block: reader.writer.has(block))  # type: ignore[misc]
+    assert not reader.complete
+    lent_before = lent_blocks(engine)
+    SlowWriter.delay_s = 0.1
+    engine.want(0, last, 1, Priority.DEMAND)
+    reader.wait(lambda: last in reader.got)
+    assert lent_blocks(engine) == lent_before + 1
+    assert not reader.writer.has(last)
+    reader.wait(lambda: reader.complete)
+    assert reader.writer.has(last)
     engine.stop()
 
 

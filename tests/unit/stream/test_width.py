@@ -52,3 +52,21 @@ def test_a_registry_that_refuses_gets_less_and_never_nothing(first: int, least: 
     seen = [width.observe(now * 10.0) for now in range(10)]
     assert seen[-1] == first, "what it was at first comes back by and by, more only after a while"
     assert max(seen) == first
+
+
+def test_ranges_that_wait_for_their_first_byte_do_not_count() -> None:
+    width = Width(4, 16)
+    for _ in range(30):
+        width.waited(0.002)
+        width.transferred(0.1)
+    assert width.ranges == width.now == 4, "next to nothing is waited for"
+    for _ in range(30):
+        width.waited(0.1)
+    assert width.ranges == 8, "at any moment half of them wait"
+    width.transferred(0.0)
+    assert width.ranges <= 16
+    for _ in range(30):
+        width.waited(10.0)
+    assert width.ranges == 16, "never more than there may be"
+    width.refused()
+    assert width.now == 2
