@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 
 _OCTAL = re.compile(rb"\\([0-7]{3})")
+_SOURCE = "modelmount"
+_SEALED_ROOT = re.compile(r".*/sealed/([0-9a-f]{16,64})(//deleted)?", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,24 @@ def read() -> list[MountEntry]:
 def at(entries: list[MountEntry], mount_point: str) -> list[MountEntry]:
     """What is mounted exactly there, bottom first."""
     return [entry for entry in entries if entry.mount_point == mount_point]
+
+
+def sealed_mount(entry: MountEntry) -> str | None:
+    """The id of the mount whose plain files are bound there, None for anything else. What is bound is told by where it lies on
+    its file system: a bind has neither a name nor a superblock of its own.
+    """
+    match = _SEALED_ROOT.fullmatch(entry.root)
+    return match[1] if match else None
+
+
+def is_model(entry: MountEntry) -> bool:
+    """Whether it is a mount of ours: a FUSE superblock, or plain files of the cache."""
+    return entry.source == _SOURCE or sealed_mount(entry) is not None
+
+
+def shows(entry: MountEntry, mount_id: str, device: str) -> bool:
+    """Whether it is that mount: its superblock, or its plain files."""
+    return entry.device == device or sealed_mount(entry) == mount_id
 
 
 def _unescape(text: bytes) -> str:

@@ -18,7 +18,7 @@ blocks takes every mark it finds for `KEPT` only, and checks the block before it
 only marks of this boot, and only while the blob is `FILLING`: the sha256 over the whole blob is still to come. That of a
 `VERIFIED` blob is not, so without `checked` nothing of it counts.
 
-All numbers little endian; a change of the layout is a new `VERSION` and another directory (see `area_path`).
+All numbers little endian; a change of the layout is a new `VERSION` and another directory (see `csi.cache.paths`).
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
+from csi.cache.paths import VERSION
 from csi.errors import CacheError
 from csi.oci.digest import Digest
 
-VERSION = 2
 MAP_NAME = "map"
 # The group is the store's, which links and removes; workers are others. Nobody but these reaches the directories above.
 FILE_MODE = 0o644
+SHARED_FROM_BYTES = 8 * 1024 * 1024
+"""Blobs of so many bytes are shared between mounts. Of smaller ones each has its own: fetching costs no more than sharing."""
 DATA_NAME = "data"
 HASHES_NAME = "hashes"
 CHECKED_NAME = "checked"
@@ -117,16 +119,6 @@ def segment_name(segment: int) -> str:
 def is_segment(name: str) -> bool:
     """Whether a file of that name is one of a mount's own segments, or was."""
     return name.startswith(_SEGMENT_PREFIX)
-
-
-def domain_path(domain: str) -> str:
-    """Where everything of a trust domain lies, relative to the cache directory."""
-    return f"v{VERSION}/{domain}"
-
-
-def area_path(domain: str, mount_id: str) -> str:
-    """Where the blobs of one mount lie, relative to the cache directory."""
-    return f"{domain_path(domain)}/mounts/{mount_id}"
 
 
 def layer_index_path(digest: Digest) -> str:

@@ -35,12 +35,18 @@ def add_parser(subparsers: Any) -> None:
         metavar="UID",
         help="whose files the kernel may read for a mount by itself: the store's user (default %(default)s)",
     )
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="the supervisor's data directory, to show complete models as plain files of its cache (default none: never)",
+    )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM."""
+    from csi.cache.paths import sealed_path
     from csi.keeper.main import KeeperSettings, serve
 
     logs.set_up("keeper", args.log_level)
@@ -50,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
             target_roots=tuple(args.target_root or ["/"]),
             backing_uid=args.backing_uid,
             take_over=args.take_over,
+            sealed_dir=f"{args.data_dir}/cache/{sealed_path()}" if args.data_dir else None,
         )
     )
     return 0

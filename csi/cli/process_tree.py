@@ -114,7 +114,9 @@ def start_keeper_and_supervisor(tree: ProcessTree, args: argparse.Namespace) -> 
     """The two processes every mount needs, with the flags of `args`."""
     common = [f"--state-dir={args.state_dir}", f"--log-level={args.log_level}"]
     roots = [f"--target-root={root}" for root in args.target_root or []]
-    tree.start("keeper", [*common, *roots], lambda: _answers(args.state_dir, KEEPER_SOCKET))
+    tree.start(
+        "keeper", [*common, *roots, f"--data-dir={args.data_dir}"], lambda: _answers(args.state_dir, KEEPER_SOCKET)
+    )
     flags = [*common, "--end-mounts", *supervisor.flags_of(args)]  # the keeper ends with the tree, and mounts with it
     tree.start("supervisor", flags, lambda: _answers(args.state_dir, SUPERVISOR_SOCKET))
 

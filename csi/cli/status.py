@@ -105,6 +105,8 @@ def _lines(mount: dict[str, Any], *, bar: bool = False) -> list[str]:
             else f"{len(passing['blobs'])} blobs, from the next open on"
         )
         lines.append(f"  kernel    {how}")
+    if sealed := mount.get("sealed", {}).get("targets"):
+        lines.append(f"  sealed    {len(sealed)} of {len(mount['targets'])} volumes show plain files of the cache")
     lines += [f"  layers    {text}" for text in _layer_modes(mount.get("layers", []))]
     lines += [f"  warning   {warning}" for warning in mount.get("warnings", [])]
     if mount.get("preparing"):

@@ -174,6 +174,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "(default auto)",
     )
     group.add_argument(
+        "--seal",
+        choices=["auto", "always", "never"],
+        default="auto",
+        help="show a volume of a complete, proven model as plain files of the cache, at native speed: where the kernel does not "
+        "read them by itself (auto), always, or never (default auto)",
+    )
+    group.add_argument(
         "--jail",
         choices=["require", "degrade"],
         default="degrade",
@@ -211,6 +218,7 @@ def flags_of(args: argparse.Namespace) -> list[str]:
         f"--read-ahead-kb={args.read_ahead_kb}",
         f"--fuse-backend={args.fuse_backend}",
         f"--passthrough={args.passthrough}",
+        f"--seal={args.seal}",
         f"--jail={args.jail}",
         f"--child-memory-mib={args.child_memory_mib}",
         f"--memory-budget={args.memory_budget}",
@@ -262,6 +270,7 @@ def run(args: argparse.Namespace) -> int:
         read_ahead_kb=args.read_ahead_kb,
         fuse_backend=BackendName.RAW if args.fuse_backend == "auto" else BackendName(args.fuse_backend),
         passthrough=args.passthrough == "auto",
+        seal=args.seal,
         fetch_threads=args.fetch_threads,
         patience_s=args.patience,
         unwanted_s=args.abandon_after,

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from csi import mountinfo
 from csi.errors import ControlError, MountError
 from csi.mountinfo import MountEntry
 from csi.observe import logs
@@ -113,7 +114,6 @@ def _processes_that_answer(state_dir: str) -> list[str]:
 
 def _unmount_below(roots: Sequence[str]) -> int:
     """Every model shown below one of them. Never waits for the file system behind it. Raises: MountError."""
-    from csi import mountinfo
     from csi.keeper import syscalls
 
     count = 0
@@ -130,8 +130,7 @@ def _unmount_below(roots: Sequence[str]) -> int:
 
 def is_ours(entry: MountEntry, roots: Sequence[str]) -> bool:
     """Whether a model is mounted there, below one of `roots`; another driver of the machine has other directories."""
-    is_model = entry.source == "modelmount" and entry.fs_type == "fuse.modelmount"
-    return is_model and any(entry.mount_point.startswith(f"{root.rstrip('/')}/") for root in roots)
+    return mountinfo.is_model(entry) and any(entry.mount_point.startswith(f"{root.rstrip('/')}/") for root in roots)
 
 
 def _remove(directory: str, names: tuple[str, ...]) -> list[str]:

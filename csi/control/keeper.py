@@ -121,9 +121,11 @@ class KeeperClient:
         """Close what was left in that slot. Nothing there is fine."""
         self._call("drop", mount_id=mount_id, slot=slot)
 
-    def bind(self, mount_id: str, target_path: str) -> bool:
-        """Show the superblock read-only at `target_path`; False when it was there already."""
-        return bool(self._call("bind", mount_id=mount_id, target_path=target_path)[0]["bound"])
+    def bind(self, mount_id: str, target_path: str, *, sealed: bool = False) -> bool:
+        """Show the mount read-only at `target_path`, with `sealed` as plain files where that can be; False when it was there
+        already, in either way.
+        """
+        return bool(self._call("bind", mount_id=mount_id, target_path=target_path, sealed=sealed)[0]["bound"])
 
     def unbind(self, target_path: str) -> None:
         """Detach what is ours at `target_path` and remove the directory. Nothing there is fine."""

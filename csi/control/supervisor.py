@@ -36,6 +36,8 @@ class LeasedMount:
     total_bytes: int
     parents: tuple[str, ...] = ()
     """What the model builds on: references with digests."""
+    sealed: bool = False
+    """The target may show it as plain files."""
 
 
 class SupervisorClient:
@@ -161,4 +163,5 @@ def _leased(fields: dict[str, Any]) -> LeasedMount:
         files=wire.field(fields, "files", int),
         total_bytes=wire.field(fields, "total_bytes", int),
         parents=tuple(str(parent) for parent in fields.get("parents", ())),
+        sealed=bool(fields.get("sealed")),
     )

@@ -161,7 +161,7 @@ class Publisher:
             mounts = await asyncio.to_thread(self._supervisor.status, target_path)
         except ControlError as exc:
             return [supervisor_unreachable(exc)]
-        if not mounts or not _shows(target_path, publication.device):
+        if not mounts or not _shows(target_path, publication.mount_id, publication.device):
             return troubles_of(None, target_path)
         return troubles_of(mounts[0], target_path)
 
@@ -177,7 +177,7 @@ class Publisher:
         try:
             mount = await self._lease(request)
             publication = await self._record(request, mount)
-            await asyncio.to_thread(self._keeper.bind, mount.mount_id, request.target_path)
+            await self._bind(mount, request.target_path)
         except BaseException:
             await self._take_back(request, drop_pin=not had_pin)
             raise
@@ -188,13 +188,16 @@ class Publisher:
         mount = await asyncio.to_thread(
             self._supervisor.renew, request.target_path, request.credentials, request.keyring
         )
-        if mount is not None and _shows(request.target_path, mount.device):
+        if mount is not None and _shows(request.target_path, mount.mount_id, mount.device):
             return before
         log.warning("volume %s at %s: its mount is gone; it is made anew", request.volume_id, request.target_path)
         mount = await self._lease(request)
         publication = await self._record(request, mount)
-        await asyncio.to_thread(self._keeper.bind, mount.mount_id, request.target_path)
+        await self._bind(mount, request.target_path)
         return publication
+
+    async def _bind(self, mount: LeasedMount, target_path: str) -> None:
+        await asyncio.to_thread(self._keeper.bind, mount.mount_id, target_path, sealed=mount.sealed)
 
     async def _lease(self, request: PublishRequest) -> LeasedMount:
         reference, pin = request.attributes.reference, self._pins.get(request.volume_id)
@@ -242,8 +245,8 @@ class Publisher:
             await asyncio.to_thread(self._supervisor.release, request.target_path)
 
 
-def _shows(target_path: str, device: str) -> bool:
-    """Whether the topmost mount at the target is that superblock. Only the target's parent is looked at."""
+def _shows(target_path: str, mount_id: str, device: str) -> bool:
+    """Whether the topmost mount at the target is that mount. Only the target's parent is looked at."""
     parent, name = os.path.split(target_path)
     stacked = mountinfo.at(mountinfo.read(), os.path.join(os.path.realpath(parent), name))
-    return bool(stacked) and stacked[-1].device == device
+    return bool(stacked) and mountinfo.shows(stacked[-1], mount_id, device)

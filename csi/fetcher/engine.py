@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from csi.cache.blob import BlobWriter
-from csi.cache.format import BlobState
+from csi.cache.format import SHARED_FROM_BYTES, BlobState
 from csi.cache.ring import LendingRing
 from csi.errors import (
     CacheError,
@@ -343,8 +343,12 @@ class FetchEngine:
         return self._writers[blob].has(block)
 
     def _is_left(self, blob: int, block: int) -> bool:
-        """Not for the background: it need only be checked, or comes from elsewhere."""
-        return blob in self._held or self._intake.is_being_written(blob, block) or self._writers[blob].is_kept(block)
+        """Not for the background: it need only be checked, or comes from elsewhere. What is small is checked by it: then nothing
+        is left to do for the blob.
+        """
+        writer = self._writers[blob]
+        only_check = writer.is_kept(block) and writer.size_bytes >= SHARED_FROM_BYTES
+        return blob in self._held or self._intake.is_being_written(blob, block) or only_check
 
     def _fetch_loop(self, least: Priority, number: int) -> None:
         buffer = block_buffer()

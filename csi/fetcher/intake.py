@@ -29,8 +29,6 @@ from csi.stream.ports import RangeReader
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 512 * 1024
-"""Measured: in whole blocks everything costs half as much again, in pieces of 256 KiB BLAKE3 costs twice as much."""
 _CACHE_REST_S = 5.0
 """How long nothing is written after the cache refused a write."""
 _SLOW_WRITE_S, _QUICK_WRITE_S = 0.1, 0.01
@@ -196,8 +194,8 @@ class Intake:
             return Outcome.TAKEN
         check = index.hasher() if hashes is not None else None
         begun, pace = time.monotonic(), _Pace()
-        for start in range(0, len(content), PIECE_BYTES):
-            piece = content[: min(PIECE_BYTES, len(content) - start)]
+        for start in range(0, len(content), blocks.PIECE_BYTES):
+            piece = content[: min(blocks.PIECE_BYTES, len(content) - start)]
             reader.readinto(piece)
             if check is not None:
                 check.update(piece)
@@ -239,8 +237,8 @@ class Intake:
             except CacheError as exc:
                 self._refused(exc)
                 return Outcome.CUT_SHORT
-            for start in range(lent.written, length, PIECE_BYTES):
-                piece = content[start : start + PIECE_BYTES]
+            for start in range(lent.written, length, blocks.PIECE_BYTES):
+                piece = content[start : start + blocks.PIECE_BYTES]
                 reader.readinto(piece)
                 if check is not None:
                     check.update(piece)
@@ -362,8 +360,8 @@ class Intake:
 def _receive(reader: RangeReader, content: memoryview, hashes: BlobHashes | None, block: int) -> bool:
     """A whole block in memory. Whether it is right, as far as that is known."""
     check = index.hasher() if hashes is not None else None
-    for start in range(0, len(content), PIECE_BYTES):
-        piece = content[start : start + PIECE_BYTES]
+    for start in range(0, len(content), blocks.PIECE_BYTES):
+        piece = content[start : start + blocks.PIECE_BYTES]
         reader.readinto(piece)
         if check is not None:
             check.update(piece)

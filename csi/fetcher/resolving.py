@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from csi.cache.format import SHARED_FROM_BYTES
 from csi.control import wire
 from csi.errors import ControlError, DigestMismatchError, SizeMismatchError, UnsupportedModelError
 from csi.fetcher.answers import Answers, read_and_close
@@ -23,7 +24,6 @@ from csi.stream.ports import ManifestBytes, ModelSource
 if TYPE_CHECKING:
     from csi.fetcher.signed_indexes import SignedIndexes
 
-_SHARED_FROM_BYTES = 8 * 1024 * 1024
 _MAX_REASON = 1000
 _TIMEOUT_S = 20.0
 
@@ -123,8 +123,8 @@ class Resolver:
 
 
 def is_shareable(size_bytes: int) -> bool:
-    """Whether a blob is worth the store's work: below, fetching costs no more than sharing."""
-    return size_bytes >= _SHARED_FROM_BYTES
+    """Whether a blob is worth the store's work."""
+    return size_bytes >= SHARED_FROM_BYTES
 
 
 def shareable(manifests: Sequence[Manifest]) -> list[tuple[str, int]]:

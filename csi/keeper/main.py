@@ -31,6 +31,7 @@ from csi.fuse.handshake import BackendName
 from csi.jail.privileges import raise_descriptor_limit
 from csi.keeper import backing, syscalls
 from csi.keeper.records import SuperblockRecords
+from csi.keeper.sealed import SealedTrees
 from csi.keeper.superblock import FUSE_DEVICE, Slot, Superblock, is_fuse_device, open_root, open_superblock
 from csi.keeper.targets import Targets
 
@@ -55,7 +56,9 @@ class KeeperSettings:
     target_roots: Sequence[str] = ("/",)
     allowed_uids: frozenset[int] = frozenset({0})
     backing_uid: int | None = None
-    """Whose files a mount may show by passthrough; None: nobody's."""
+    """Whose files a mount may show by passthrough, or as they are; None: nobody's."""
+    sealed_dir: str | None = None
+    """Where that user puts together models to be shown as plain files; None: none are."""
     take_over: bool = False
 
 
@@ -69,12 +72,14 @@ class Keeper:
         self._records = SuperblockRecords(os.path.join(state_dir, "superblocks"), this_boot().hex())
         self._targets = Targets(settings.target_roots)
         self._backing_uid = settings.backing_uid
+        self._sealed = SealedTrees(settings.sealed_dir, settings.backing_uid)
         self._superblocks: dict[str, Superblock] = {}
 
     def recover(self) -> None:
         """After a start: what mountinfo and the records agree on is there (without a descriptor yet), the rest goes."""
         records = self._records.load()
         entries = mountinfo.read()
+        self._sealed.keep_shown(entries)
         for mount_id in sorted(set(records) | set(os.listdir(self._mounts_dir))):
             mount_point = self._mount_point(mount_id)
             record = records.get(mount_id)
@@ -135,12 +140,11 @@ class Keeper:
                 held = self._superblocks.get(mount_id)
                 if held is None:
                     raise MountError(f"target {target_path}: its mount is gone; publish again", target_path=target_path)
-                live = {
-                    one.device for one in self._superblocks.values()
-                }  # a dead one was removed when it was made anew
-                return {"bound": self._targets.bind(held.root_fd, held.device, target_path, live)}, []
+                return self._bind(mount_id, held, target_path, sealed=bool(request.get("sealed"))), []
             case "unbind":
                 self._targets.unbind(wire.field(request, "target_path", str))
+                if self._sealed.locked:
+                    self._sealed.keep_shown(mountinfo.read())
                 return {}, []
             case "unmount":
                 self._remove(_mount_id(request))
@@ -179,6 +183,7 @@ class Keeper:
             if message.get("op") == "listener":
                 listener = socket.socket(fileno=wire.exactly(fds, 1)[0])
                 wire.send(connection, {"op": "taken"})
+                self._sealed.keep_shown(mountinfo.read())
                 log.info("took over %d mounts", len(self._superblocks))
                 return listener
             mount_id = _mount_id(message)
@@ -218,6 +223,20 @@ class Keeper:
         self._superblocks[mount_id] = superblock
         log.info("mounted %s as device %s for %s", mount_id, superblock.device, backend)
         return superblock
+
+    def _bind(self, mount_id: str, held: Superblock, target_path: str, *, sealed: bool) -> wire.Message:
+        """As plain files if it is wished and can be, else the superblock."""
+        live = {one.device for one in self._superblocks.values()}  # a dead one was removed when it was made anew
+        if sealed:
+            try:
+                root_fd = self._sealed.open(mount_id)
+                try:
+                    return {"bound": self._targets.bind(root_fd, mount_id, held.device, target_path, live)}
+                finally:
+                    self._sealed.keep_shown(mountinfo.read())
+            except MountError as exc:
+                log.warning("target %s: not shown as plain files: %s", target_path, exc)
+        return {"bound": self._targets.bind(held.root_fd, mount_id, held.device, target_path, live)}
 
     def _remove(self, mount_id: str) -> None:
         mount_point = self._mount_point(mount_id)

@@ -34,12 +34,13 @@ class Targets:
     def __init__(self, roots: Sequence[str]) -> None:
         self._roots = [(os.path.normpath(root), os.path.realpath(root)) for root in roots]
 
-    def bind(self, root_fd: int, device: str, target_path: str, live: Container[str] = ()) -> bool:
-        """Bind the superblock with that root read-only to `target_path`, which is created if need be. By its root and not by
-        where it is mounted: if somebody has unmounted it there, a pod would see the node's own directory below.
+    def bind(self, root_fd: int, mount_id: str, device: str, target_path: str, live: Container[str] = ()) -> bool:
+        """Bind what `root_fd` names, the root of a superblock or a directory of plain files, read-only to `target_path`, which
+        is created if need be. By descriptor and not by where it is mounted: if somebody has unmounted it there, a pod would see
+        the node's own directory below.
 
-        A target that shows `device` already is left alone (returns False). A mount of ours over another superblock that is
-        among the `live` devices is replaced. Over one that is dead the new one is put: then it comes up in running containers
+        A target that shows that mount already, in either way, is left alone (returns False). Another one of ours, over plain
+        files or over a superblock among the `live` devices, is replaced. Over one that is dead the new one is put: then it comes up in running containers
         too, where they have the volume with `mountPropagation: HostToContainer`; a dead mount that was taken away first would
         stay in them. `unbind` takes all of them away.
 
@@ -50,15 +51,15 @@ class Targets:
             created = _make_directory(parent_fd, name, target_path)
             try:
                 stacked = _mounted_at(parent_fd, name)
-                if stacked and stacked[-1].device == device:
+                if stacked and mountinfo.shows(stacked[-1], mount_id, device):
                     return False
-                if any(entry.source != "modelmount" for entry in stacked):
+                if not all(map(mountinfo.is_model, stacked)):
                     raise MountError(
                         f"target {target_path}: a {stacked[-1].fs_type} file system is mounted there already; "
                         "unmount it, or choose another target",
                         target_path=target_path,
                     )
-                over_dead = 0 < len(stacked) < _MAX_DEAD and stacked[-1].device not in live
+                over_dead = 0 < len(stacked) < _MAX_DEAD and _is_dead(stacked[-1], live)
                 if not over_dead:
                     _detach_all(parent_fd, name, target_path)
                 target_fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent_fd)
@@ -95,7 +96,7 @@ class Targets:
         try:
             with self._parent_of(target_path) as (parent_fd, name):
                 for entry in _mounted_at(parent_fd, name):
-                    if entry.source != "modelmount":
+                    if not mountinfo.is_model(entry):
                         raise MountError(
                             f"target {target_path}: holds a {entry.fs_type} mount that is not ModelMount's; "
                             "unmount it by hand",
@@ -158,6 +159,11 @@ def _make_directory(parent_fd: int, name: str, target_path: str) -> bool:
             errno=exc.errno,
         ) from exc
     return True
+
+
+def _is_dead(entry: mountinfo.MountEntry, live: Container[str]) -> bool:
+    """Plain files never are."""
+    return entry.device not in live and mountinfo.sealed_mount(entry) is None
 
 
 def _require_mount(target_fd: int, wanted: mountinfo.MountEntry, target_path: str) -> None:

@@ -6,6 +6,7 @@
     promote  a mount has a blob complete: hash it, share it. Answered at once; `shared` or `wrong` is said later
     backing  a descriptor of a proven blob that a mount has, for the kernel to read from; without one it is hashed first, and
              `proven` is said later
+    seal     a mount's files, each one whole blob: put together a directory of them, to be shown as it is
     doubt    a mount has found a block of a proven blob damaged: it has to be hashed again before it is `backing`
     grant    what a mount may still allocate, and wants beyond it: how much more it may have, after eviction where it is needed
     ls, df, prune, verify, pin, unpin   what `modelmount cache` shows and does
@@ -34,6 +35,7 @@ from csi.oci.digest import Digest
 from csi.store import leftovers
 from csi.store.eviction import Entry, Kind, Limits, evict_for, room
 from csi.store.reserves import Reserves, share_of
+from csi.store.sealing import parse_files
 from csi.store.shelf import Shelf, parse_blobs
 from csi.store.work import Urgency, WorkQueue
 
@@ -89,6 +91,9 @@ class Store:
                 return {}
             case "attach":
                 return self._attach(request, wire.exactly(fds, 1)[0])
+            case "seal":
+                self._seal(request, wire.exactly(fds, 1)[0])
+                return {}
         wire.close_all(fds)
         match request.get("op"):
             case "prove":
@@ -135,6 +140,21 @@ class Store:
         finally:
             os.close(challenges_fd)
         return None
+
+    def _seal(self, request: wire.Message, files_fd: int) -> None:
+        try:
+            files = parse_files(json.loads(wire.read_all(files_fd, _MAX_LIST_BYTES, "files")))
+        except (ValueError, TypeError) as exc:
+            raise ControlError(f"store: the files of a mount are not as they should be: {exc}") from exc
+        finally:
+            os.close(files_fd)
+        mount_id = _mount_id(request)
+        if unproven := self._ready().seal(mount_id, files):
+            for digest in unproven:
+                self._work.put(Urgency.PROVE_AGAIN, functools.partial(self._prove_again, mount_id, digest))
+            raise CacheError(
+                f"{len(unproven)} of its blobs were not hashed since the machine started; that is done now"
+            )
 
     def _promote(self, request: wire.Message) -> None:
         digest, mount_id = Digest.parse(wire.field(request, "digest", str)), _mount_id(request)

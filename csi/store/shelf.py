@@ -2,6 +2,7 @@
 
     blobs/<digest>/    proven blobs, ours alone to write: data (one file), hashes (BLAKE3 of every block), about (JSON)
     blobs/pins         JSON: digest → label
+    sealed/<id>/       a mount's model as plain files, see `csi.store.sealing`
     mounts/<id>/       what each mount fetched; its fetcher writes there, and so may we
 
 A mount gets a proven blob as hard links in its own area: its worker and fetcher read there as always, and can change
@@ -27,9 +28,10 @@ from dataclasses import asdict, dataclass, replace
 
 from csi.cache import format as fmt
 from csi.errors import CacheError, DigestMismatchError
-from csi.integrity.index import hash_of
+from csi.integrity.index import hasher
 from csi.oci.digest import Digest
 from csi.store.eviction import Disk, Entry, Kind
+from csi.store.sealing import File, SealedModels
 from csi.stream import blocks
 
 _FICLONERANGE = 0x4020940D
@@ -77,6 +79,12 @@ class Shelf:
         self._domain_fd, self._boot, self._domains_fd = domain_fd, boot, domains_fd
         self._blobs_fd = os.open("blobs", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=domain_fd)
         self._mounts_fd = os.open("mounts", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=domain_fd)
+        self._sealed = SealedModels(
+            os.open("sealed", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=domain_fd),
+            self._blobs_fd,
+            self.open_proven,
+            self._read_whole,
+        )
         self._lock = threading.Lock()
         self._random = random.SystemRandom()
         for fd in (self._blobs_fd, self._mounts_fd):
@@ -204,24 +212,43 @@ class Shelf:
             except OSError as exc:
                 raise CacheError(f"blob {digest.short()}: mount {mount_id[:8]} has no proven file of it") from exc
 
+    def seal(self, mount_id: str, files: Sequence[File]) -> list[Digest]:
+        """Have a mount's model as plain files, to be shown as they are, unless there are blobs that must be hashed first, which
+        are returned. Raises: CacheError while that cannot be.
+        """
+        with self._area(mount_id) as (_, in_use):
+            if not in_use:
+                raise CacheError(f"mount {mount_id[:8]}: has ended")
+        return self._sealed.seal(mount_id, files)
+
+    def _read_whole(self, mount_id: str, digest: Digest, size_bytes: int) -> bytes:
+        """A small blob of a mount, hashed. Raises: CacheError, OSError."""
+        content = b""
+        if size_bytes:
+            with self._segment(f"{mount_id}/{digest.path_name}", 0) as (fd, start):
+                content = os.pread(fd, size_bytes, start)
+        if len(content) != size_bytes or str(Digest.of(content, digest.algorithm)) != str(digest):
+            raise CacheError(f"blob {digest.short()}: mount {mount_id[:8]} does not have it yet")
+        return content
+
     def _hashed(self, digest: Digest) -> _Proof | None:
         """The proof that the blob is right; None when it is not, or was written to meanwhile."""
         about = self._about(digest)
         if about is None:
             return None
-        hasher, hashes = digest.hasher(), bytearray()
+        hashes = _Hashes(digest)
         try:
             with _opened(self._blobs_fd, f"{digest.path_name}/{fmt.DATA_NAME}") as fd:
                 before = os.fstat(fd)
-                for view in _blocks_of(fd, 0, about.size_bytes):
-                    hasher.update(view)
-                    hashes += hash_of(view)
+                for piece in _pieces_of(fd, 0, about.size_bytes):
+                    hashes.update(piece)
+                found, block_hashes = hashes.finish()
                 proof, unchanged = _Proof(self._boot, before.st_ino, before.st_mtime_ns), _same(before, os.fstat(fd))
             with _opened(self._blobs_fd, f"{digest.path_name}/{fmt.HASHES_NAME}") as fd:
-                kept = os.pread(fd, len(hashes) + 1024, 0)
+                kept = os.pread(fd, len(block_hashes) + 1024, 0)
         except OSError:
             return None
-        right = hasher.hexdigest() == digest.hex and kept == fmt.pack_hashes(bytes(hashes))
+        right = found == digest.hex and kept == fmt.pack_hashes(block_hashes)
         return proof if unchanged and right else None
 
     def entries(self) -> list[Entry]:
@@ -241,7 +268,10 @@ class Shelf:
                         os.utime(area_fd)
                     elif not domain:
                         _drop_links(area_fd)
+                        self._sealed.remove(mount_id)
                     size, last_used = _own_bytes(area_fd), os.fstat(area_fd).st_mtime
+                    if not domain:
+                        size += self._sealed.own_bytes(mount_id)
                     found.append(Entry(Kind.AREA, mount_id, size, last_used, in_use=in_use, domain=domain))
             for name in os.listdir(self._blobs_fd):
                 if name.startswith((_HIDDEN, _PINS)):
@@ -269,6 +299,8 @@ class Shelf:
                     gone = f"{_HIDDEN}{entry.name}"
                     os.rename(entry.name, gone, src_dir_fd=mounts_fd, dst_dir_fd=mounts_fd)
                 _remove_tree(mounts_fd, gone)
+                if not entry.domain:
+                    self._sealed.remove(entry.name)
             return True
 
     def _is_used(self, name: str) -> bool:
@@ -303,8 +335,7 @@ class Shelf:
         return about.size_bytes if about else None
 
     def _copy(self, source: str, work: str, digest: Digest, size_bytes: int) -> _Proof:
-        hasher = digest.hasher()
-        hashes = bytearray()
+        hashes = _Hashes(digest)
         with _new(self._blobs_fd, f"{work}/{fmt.DATA_NAME}") as ours:
             for segment in range(-(-size_bytes // blocks.SEGMENT_BYTES)):
                 first, length = segment * blocks.SEGMENT_BYTES, blocks.segment_length(size_bytes, segment)
@@ -313,25 +344,23 @@ class Shelf:
                     if not cloned:
                         os.posix_fallocate(ours, first, length)
                     done = first
-                    for view in _blocks_of(ours, first, length) if cloned else _blocks_of(theirs, start, length):
-                        hasher.update(view)
-                        hashes += hash_of(view)
+                    for piece in _pieces_of(ours, first, length) if cloned else _pieces_of(theirs, start, length):
+                        hashes.update(piece)
                         if not cloned:
-                            _write_all(ours, view, done)
-                        done += len(view)
+                            _write_all(ours, piece, done)
+                        done += len(piece)
                 os.fsync(ours)
             made = os.fstat(ours)
-        if hasher.hexdigest() != digest.hex:
+        found, block_hashes = hashes.finish()
+        if found != digest.hex:
             raise DigestMismatchError(
-                f"blob {digest.short()}: its blocks hash to {digest.algorithm}:{hasher.hexdigest()[:12]}; it is not shared. "
+                f"blob {digest.short()}: its blocks hash to {digest.algorithm}:{found[:12]}; it is not shared. "
                 "Either its block index is not that of the blob, or the cache was damaged: push the model again",
                 expected=str(digest),
-                actual=f"{digest.algorithm}:{hasher.hexdigest()}",
+                actual=f"{digest.algorithm}:{found}",
                 subject=str(digest),
             )
-        _write_whole(
-            self._blobs_fd, f"{work}/{fmt.HASHES_NAME}", fmt.pack_hashes(bytes(hashes)), mode=_SHARED_FILE_MODE
-        )
+        _write_whole(self._blobs_fd, f"{work}/{fmt.HASHES_NAME}", fmt.pack_hashes(block_hashes), mode=_SHARED_FILE_MODE)
         return _Proof(self._boot, made.st_ino, made.st_mtime_ns)
 
     def _link(self, mount_id: str, digest: Digest) -> bool:
@@ -430,7 +459,7 @@ class Shelf:
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                in_use = False
+                in_use = not domain and self._sealed.is_shown(mount_id)
             except BlockingIOError:
                 in_use = True
             yield fd, in_use
@@ -457,11 +486,38 @@ def _clone(source_fd: int, start: int, length: int, target_fd: int, at: int) -> 
     return True
 
 
-def _blocks_of(fd: int, first: int, length: int) -> Iterator[memoryview]:
-    """`length` bytes of a file from `first`, by blocks, in one buffer. Raises: OSError when it is shorter."""
-    buffer = memoryview(mmap.mmap(-1, blocks.BLOCK_BYTES))
-    for start in range(first, first + length, blocks.BLOCK_BYTES):
-        view = buffer[: min(blocks.BLOCK_BYTES, first + length - start)]
+class _Hashes:
+    """Of a blob that comes in pieces, in order: its digest, and BLAKE3 of every block."""
+
+    def __init__(self, digest: Digest) -> None:
+        self._whole, self._block = digest.hasher(), hasher()
+        self._block_bytes = 0
+        self._done = bytearray()
+
+    def update(self, piece: memoryview) -> None:
+        """No piece reaches beyond the end of a block."""
+        self._whole.update(piece)
+        self._block.update(piece)
+        self._block_bytes += len(piece)
+        if self._block_bytes == blocks.BLOCK_BYTES:
+            self._end_block()
+
+    def finish(self) -> tuple[str, bytes]:
+        """The digest in hexadecimal, and the hashes of the blocks one after the other."""
+        if self._block_bytes:
+            self._end_block()
+        return self._whole.hexdigest(), bytes(self._done)
+
+    def _end_block(self) -> None:
+        self._done += self._block.digest()
+        self._block, self._block_bytes = hasher(), 0
+
+
+def _pieces_of(fd: int, first: int, length: int) -> Iterator[memoryview]:
+    """`length` bytes of a file from `first`, in one buffer that a core's cache holds. Raises: OSError when it is shorter."""
+    buffer = memoryview(mmap.mmap(-1, blocks.PIECE_BYTES))
+    for start in range(first, first + length, blocks.PIECE_BYTES):
+        view = buffer[: min(blocks.PIECE_BYTES, first + length - start)]
         done = 0
         while done < len(view):
             count = os.preadv(fd, [view[done:]], start + done)

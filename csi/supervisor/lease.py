@@ -43,6 +43,8 @@ class Lease:
     """What the volume itself brought, without the node's own logins."""
     refused: str | None = None
     """What the registry said when it was last asked whether these credentials may still read the model."""
+    sealed: bool = False
+    """The target was told that it may show plain files."""
     since: float = field(default_factory=time.monotonic)
     """CLOCK_MONOTONIC in seconds, 0 for one that a supervisor before us gave."""
 

@@ -33,6 +33,7 @@ from csi.supervisor.parents import NO_PARENTS, FoundParents, Parent, parent_sour
 from csi.supervisor.passing import PassThrough, refusal_for
 from csi.supervisor.records import MountRecord, MountRecords
 from csi.supervisor.resolve import Resolved, kept_of, resolve, resolve_known
+from csi.supervisor.sealing import Sealing
 from csi.supervisor.serving import Serving
 from csi.supervisor.settings import SupervisorSettings
 from csi.supervisor.store_link import StoreLink
@@ -88,6 +89,15 @@ class Mount:
             self.event,
             lambda: memory.share_of(key.mount_id),
             recheck=key.verify is not Verify.CHUNK,
+        )
+        self._sealing = Sealing(
+            key.mount_id,
+            key.domain,
+            settings,
+            pool,
+            store,
+            lambda: self.serving.child,
+            lambda: self.serving.passing,
         )
         self.indexed = False
         self.wanted_at = 0.0
@@ -262,6 +272,7 @@ class Mount:
         if self._tree_fd >= 0:
             os.close(self._tree_fd)
             self._tree_fd = -1
+        self._sealing.close()
 
     def _check_ours(self) -> None:
         if self._paused:
@@ -333,6 +344,10 @@ class Mount:
         if self._sources() != before:
             await self.fetching.use(self._sources())
 
+    async def seal(self) -> bool:
+        """Whether a new target may show the model as plain files."""
+        return await self._sealing.seal(self._tree_fd) if self._tree_fd >= 0 else False
+
     async def replace_credentials(
         self, target_path: str, credentials: Credentials, parents: tuple[Parent, ...] = ()
     ) -> None:
@@ -381,6 +396,10 @@ class Mount:
             "init_set_version": self.kept.init_set_version if self.kept else None,
             "backend": self.kept.backend if self.kept else None,
             "passthrough": self.serving.passing.status() if self.serving.passing else None,
+            "sealed": {
+                "refusal": self._sealing.refusal,
+                "targets": sorted(path for path, lease in self.leases.items() if lease.sealed),
+            },
             "jail": {"worker": self.serving.jail, "fetcher": self.fetching.jail},
             "dead": self.dead,
             "preparing": None if self.kept is not None else self._build.not_ready().message,
@@ -429,6 +448,7 @@ class Mount:
         if self._tree_fd >= 0:
             os.close(self._tree_fd)
             self._tree_fd = -1
+        self._sealing.close()
         self._records.remove(self.mount_id)
 
     def on_store_message(self, message: wire.Message) -> None:

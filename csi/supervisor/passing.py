@@ -66,6 +66,11 @@ class PassThrough:
         self._ids: dict[str, int] = {}
         self._turn = asyncio.Lock()
 
+    @property
+    def refusal(self) -> str | None:
+        """Why it has none, None when it may have."""
+        return self._refusal
+
     def status(self) -> dict[str, Any]:
         """`blobs` are read by the kernel itself when they are opened next."""
         return {"refusal": self._refusal, "blobs": sorted(self._ids)}

@@ -66,6 +66,7 @@ class MountRecord:
                     "volume_id": lease.volume_id,
                     "reference": str(lease.reference),
                     "service_account": lease.service_account,
+                    "sealed": lease.sealed,
                     "parents": [str(parent.reference) for parent in lease.parents],
                 }
                 for path, lease in self.leases.items()
@@ -103,6 +104,7 @@ class MountRecord:
                     credentials=None,
                     service_account=lease["service_account"],
                     parents=tuple(Parent(Reference.parse(parent)) for parent in lease["parents"]),
+                    sealed=bool(lease.get("sealed")),
                     since=0.0,
                 )
                 for path, lease in given["leases"].items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from csi.cache.format import area_path, domain_path
+from csi.cache.paths import area_path, domain_path, sealed_path
 from csi.fuse.handshake import BackendName
 from csi.volume import SHARED_DOMAIN, MountKey
 
@@ -40,6 +40,8 @@ class SupervisorSettings:
     """Who serves mounts made from now on; those that exist keep theirs."""
     passthrough: bool = True
     """Let the kernel read proven files of the cache by itself, where it can."""
+    seal: str = "auto"
+    """Show a complete, proven model as plain files: `auto` where there is no passthrough, `always`, `never`."""
     fetch_threads: int = 4
     resolve_timeout_s: float = 20.0
     patience_s: float = 10.0
@@ -99,6 +101,11 @@ class SupervisorSettings:
     def domain_dir(self) -> str:
         """The cache of the trust domain."""
         return os.path.join(self.cache_dir, domain_path(SHARED_DOMAIN))
+
+    @property
+    def sealed_dir(self) -> str:
+        """Where the store puts together models to be shown as plain files."""
+        return os.path.join(self.cache_dir, sealed_path())
 
     def area_dir(self, key: MountKey) -> str:
         """The cache area of a mount."""

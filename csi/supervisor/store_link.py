@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from csi.boot import this_boot
-from csi.cache.format import VERSION
+from csi.cache.paths import VERSION
 from csi.control import wire
 from csi.errors import ControlError, ModelMountError
 from csi.supervisor.child import Child, Role
@@ -41,10 +41,10 @@ class StoreLink:
         """Start it, and keep it."""
         settings = self._settings
         os.makedirs(settings.domain_dir, mode=0o755, exist_ok=True)
-        for name in ("blobs", "mounts"):
+        for name in ("blobs", "mounts", "sealed"):
             path = os.path.join(settings.domain_dir, name)
             os.makedirs(path, mode=0o755, exist_ok=True)
-            give(path, settings.store_uid if name == "blobs" else os.geteuid(), settings.store_gid, 0o775)
+            give(path, os.geteuid() if name == "mounts" else settings.store_uid, settings.store_gid, 0o775)
         domains_dir = os.path.dirname(settings.domain_dir)
         for domain in os.listdir(domains_dir):  # it evicts what isolated ones do not use
             if os.path.isdir(path := os.path.join(domains_dir, domain, "mounts")):

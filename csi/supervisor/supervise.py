@@ -307,13 +307,14 @@ class Supervisor:
             await self._until_verified(mount)
         async with self._lock(f"{domain} {wanted}"):
             lease = Lease(volume_id, wanted, credentials, service_account, parents, brought, keyring)
+            lease.sealed = await mount.seal()
             await mount.add_lease(target_path, lease)
             if prefetch is Prefetch.FULL:
                 await mount.fill()
         for other in list(self._mounts.values()):
             if other is not mount and target_path in other.leases:
                 await self._end_lease(other, target_path)
-        return self._describe(mount)
+        return self._describe(mount) | {"sealed": lease.sealed}
 
     async def _parents_for(self, mount: Mount, keyring: Keyring) -> tuple[Parent, ...]:
         """What the mount's model builds on, as whoever has these logins."""

@@ -9,6 +9,7 @@
     backings   which blobs the kernel may read by itself, and by which ids
     no_backing one that it may not any more; answered with whether it still is open so
     release  the last pod is gone: reads that wait for the network fail now, so that no process stays unkillable
+    files    a tree: which files it has, each one whole blob, or why it cannot be shown as plain files
     stop     receive nothing any more, finish what was received within a patience, answer, exit; what is left then is its
              successor's
 
@@ -44,6 +45,7 @@ from csi.oci.view import View
 from csi.stream.scheduler import Priority
 from csi.tree.file_format import Tree
 from csi.tree.model import Encoding, Entry
+from csi.tree.sealing import plain_files
 from csi.volume import Verify
 from csi.worker.build import Build, BuildRequest, SentManifest
 from csi.worker.build_channel import BuildChannel
@@ -146,6 +148,8 @@ class Worker:
                         self._backings.forget_all()
                     self._backings.use({Digest.parse(digest): int(backing_id) for digest, backing_id in ids.items()})
                 self._reply(wire.ok(request))
+            case "files":
+                self._list_files(request, wire.exactly(fds, 1)[0])
             case "no_backing":
                 self._reply(wire.ok(request, open=self._forget_backing(wire.field(request, "digest", str))))
             case "stats":
@@ -251,6 +255,20 @@ class Worker:
             self._connection,
             lambda: self._reply(wire.ok(request, **self._jail.as_fields())),
         )
+
+    def _list_files(self, request: wire.Message, tree_fd: int) -> None:
+        try:
+            listed = [[path, str(digest), size] for path, digest, size in plain_files(Tree.from_fd(tree_fd))]
+        except ValueError as exc:
+            self._reply(wire.ok(request, refusal=str(exc)))
+            return
+        finally:
+            os.close(tree_fd)
+        files_fd = wire.memfd("files", json.dumps(listed).encode())
+        try:
+            self._reply(wire.ok(request), [files_fd])
+        finally:
+            os.close(files_fd)
 
     def _made_backend(self, name: BackendName, tree: Tree, content: ContentReader, deadline_s: float) -> Backend:
         if name is BackendName.PYFUSE3:

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "kube": set(),
     "driver": {"cache", "control", "observe", "oci", "wire"},
     "cli": {
-        "control", "driver", "fetcher", "fuse", "integrity", "jail", "keeper", "keychain", "kube", "observe",
+        "cache", "control", "driver", "fetcher", "fuse", "integrity", "jail", "keeper", "keychain", "kube", "observe",
         "oci", "registry", "store", "stream", "supervisor", "tree", "worker",
     },
 }  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from csi.cache import format as fmt
+from csi.cache import paths
 from csi.cache.blob import BlobReader, BlobWriter, BlockWrite, _OpenFile
 from csi.cache.format import BlobState
 from csi.errors import CacheError
@@ -208,7 +209,7 @@ def test_the_map_on_disk_is_that_of_version_2(area: int, tmp_path: Path) -> None
     header = fmt.unpack_header((tmp_path / DIGEST.path_name / "map").read_bytes())
     assert header == fmt.MapHeader(SIZE, blocks.BLOCK_BYTES, 20, BlobState.FILLING, BOOT)
     assert (fmt.BlobState.VERIFIED, fmt.BlobState.POISONED, fmt.Mark.PRESENT, fmt.Mark.KEPT) == (1, 2, 1, 2)
-    assert fmt.area_path("shared", "00ff") == "v2/shared/mounts/00ff"
+    assert paths.area_path("shared", "00ff") == "v2/shared/mounts/00ff"
     assert (fmt.segment_name(7), fmt.DATA_NAME, fmt.HASHES_NAME) == ("seg-00007", "data", "hashes")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from csi.cache import format as fmt
+from csi.cache import paths
 from csi.cache.blob import BlobReader, BlobWriter
 from csi.cache.format import BlobState
 from csi.oci.archive import layer_index
@@ -65,8 +65,9 @@ LAYER_INDEX = bytes.fromhex(
 
 @pytest.fixture
 def domain(tmp_path: Path) -> Path:
-    assert fmt.area_path("shared", MOUNT) == f"v2/shared/mounts/{MOUNT}"
+    assert paths.area_path("shared", MOUNT) == f"v2/shared/mounts/{MOUNT}"
     (tmp_path / "blobs").mkdir()
+    (tmp_path / "sealed").mkdir()
     (tmp_path / "mounts" / MOUNT).mkdir(parents=True)
     return tmp_path
 

@@ -28,7 +28,7 @@ DIGEST = Digest.of(CONTENT)
 
 @pytest.fixture
 def domain(tmp_path: Path) -> Path:
-    for name in ("blobs", f"mounts/{MOUNT}", f"mounts/{OTHER}"):
+    for name in ("blobs", "sealed", f"mounts/{MOUNT}", f"mounts/{OTHER}"):
         (tmp_path / name).mkdir(parents=True)
     return tmp_path
 
@@ -228,7 +228,13 @@ def test_a_blob_that_was_pinned_meanwhile_stays(shelf: Shelf, domain: Path) -> N
 
 
 def test_areas_of_isolated_domains_count_and_leave_but_share_nothing(tmp_path: Path) -> None:
-    for name in ("shared/blobs", f"shared/mounts/{OTHER}", f"apart/mounts/{MOUNT}", f"apart/mounts/.{OTHER}"):
+    for name in (
+        "shared/blobs",
+        "shared/sealed",
+        f"shared/mounts/{OTHER}",
+        f"apart/mounts/{MOUNT}",
+        f"apart/mounts/.{OTHER}",
+    ):
         (tmp_path / name).mkdir(parents=True)
     fetched(tmp_path / "apart").close()
     domain_fd, domains_fd = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in (tmp_path / "shared", tmp_path))
