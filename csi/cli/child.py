@@ -1,9 +1,10 @@
-"""`modelmount worker`, `fetcher` and `store`: started by the supervisor, never by hand."""
+"""`modelmount worker`, `fetcher`, `store`, and the `nursery` they are forked from: started by the supervisor, never by hand."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from csi.observe import logs
 
 if TYPE_CHECKING:
     from csi.jail.confinement import Level
+
+_LEVELS = ["debug", "info", "warning", "error"]
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,21 +32,44 @@ def add_parser(subparsers: Any) -> None:
         parser.add_argument("--memory-mib", type=int, default=0, help="private memory it may use (0: no limit)")
         parser.add_argument("--uid", type=int, help="become this user before the first message")
         parser.add_argument("--gid", type=int, help="and this group")
-        parser.add_argument(
-            "--nursery", action="store_true", help="fork one for every socket that comes over the socket"
-        )
-        parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+        parser.add_argument("--log-level", default="info", choices=_LEVELS)
         parser.set_defaults(run=run)
+    parser = subparsers.add_parser("nursery", help="what the three before are forked from (started by the supervisor)")
+    parser.add_argument("--control-fd", type=int, required=True, help="the socket to the supervisor")
+    parser.add_argument(
+        "--child", action="append", default=[], metavar="'VERB FLAGS'", help="one of them, without its --control-fd"
+    )
+    parser.add_argument("--log-level", default="info", choices=_LEVELS)
+    parser.set_defaults(run=run_nursery)
 
 
 def run(args: argparse.Namespace) -> int:
     """Import first, then give up every right, then listen."""
-    logs.set_up(args.verb, args.log_level)
+    return _ready(args)(args.control_fd)
+
+
+def run_nursery(args: argparse.Namespace) -> int:
+    """Import what all of them need, and fork what is asked for."""
+    from csi.supervisor import nursery
+
+    logs.set_up("nursery", args.log_level)
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers(dest="verb", required=True))
+    children = {}
+    for text in args.child:
+        verb, *flags = shlex.split(text)
+        # The descriptor is another one for each child.
+        parsed = parser.parse_args([verb, *flags, f"--log-level={args.log_level}", "--control-fd=-1"])
+        children[verb] = nursery.Kind([verb, *flags], _ready(parsed))
+    return nursery.run(args.control_fd, children)
+
+
+def _ready(args: argparse.Namespace) -> Callable[[int], int]:
+    """Everything is imported; what is returned is called in the process itself, with its socket."""
     prepared = _imported(args)
     from csi.jail.confinement import Confinement, Policy, Role
     from csi.jail.privileges import import_late, raise_descriptor_limit
 
-    raise_descriptor_limit()
     import_late()
     confinement = Confinement(
         role=Role(args.verb),
@@ -56,14 +82,12 @@ def run(args: argparse.Namespace) -> int:
     )
 
     def live(control_fd: int) -> int:
+        logs.set_up(args.verb, args.log_level)
+        raise_descriptor_limit()
         serve = prepared()  # what it reads of files it reads before it is confined
         return serve(control_fd, confinement.enter())
 
-    if args.nursery:
-        from csi.supervisor import nursery
-
-        return nursery.run(args.control_fd, live)
-    return live(args.control_fd)
+    return live
 
 
 def _imported(args: argparse.Namespace) -> Callable[[], Callable[[int, Level], int]]:

@@ -30,6 +30,7 @@ _VERBS = {
     "worker": "csi.cli.child",
     "fetcher": "csi.cli.child",
     "store": "csi.cli.child",
+    "nursery": "csi.cli.child",
 }
 
 

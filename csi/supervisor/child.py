@@ -10,11 +10,12 @@ import logging
 import os
 import secrets
 import select
+import shlex
 import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -22,13 +23,13 @@ from weakref import WeakValueDictionary
 from csi.control import wire
 from csi.control.keeper import KeptSlot
 from csi.errors import ControlError, from_wire
-from csi.supervisor import nursery
 
 log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 2.0
 _START_TIMEOUT_S = 20.0
 _ADOPTION_PATIENCE_S = 2.0
+_WITH_SPARES = ("worker", "fetcher")
 _STATUS_PATIENCE_S = 0.5  # a nursery that lives tells at once how a child ended
 
 
@@ -42,6 +43,12 @@ class Role:
     uid: int | None
     gid: int | None
     flags: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of `modelmount`, without the socket's."""
+        identity = [] if self.uid is None else [f"--uid={self.uid}", f"--gid={self.gid}"]
+        return [self.name, *identity, *self.flags]
 
 
 class Process(Protocol):
@@ -82,23 +89,21 @@ class Child:
         self.listen()
 
     @classmethod
-    async def spawn(cls, role: Role) -> Child:
-        """Start `modelmount <role>` with one end of a socket pair. It answers nothing yet: call `ping` to wait."""
+    async def spawn(cls, name: str, flags: Sequence[str]) -> Child:
+        """Start `modelmount <name>` with one end of a socket pair. It answers nothing yet: call `ping` to wait."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        identity = [] if role.uid is None else ["--uid", str(role.uid), "--gid", str(role.gid)]
-        identity += role.flags
-        command = [sys.executable, "-m", "csi.cli.main", role.name, "--control-fd", str(theirs.fileno()), *identity]
+        command = [sys.executable, "-m", "csi.cli.main", name, "--control-fd", str(theirs.fileno()), *flags]
         try:
             process = await asyncio.create_subprocess_exec(
                 *command, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, start_new_session=True
             )
         except OSError as exc:
             ours.close()
-            raise ControlError(f"cannot start a {role.name}: {exc}") from exc
+            raise ControlError(f"cannot start a {name}: {exc}") from exc
         finally:
             theirs.close()
-        return cls(role.name, process, ours)
+        return cls(name, process, ours)
 
     @property
     def pid(self) -> int:
@@ -226,7 +231,7 @@ class Child:
 
 
 class ForkedProcess:
-    """A process that a nursery has forked. Takes over `process_fd`. `is_ours`: it was one of our nurseries, which tells how it
+    """A process that a nursery has forked. Takes over `process_fd`. `is_ours`: it was our nursery, which tells how it
     ended.
     """
 
@@ -310,35 +315,35 @@ async def adopted(name: str, slot: KeptSlot | None) -> Child | None:
 
 
 class Nursery:
-    """Children of one role, forked from a process that has imported what they need. Started when first needed, and again
+    """Children of these roles, forked from a process that has imported what they need. Started when first needed, and again
     when it has died.
     """
 
-    def __init__(self, role: Role) -> None:
-        self._role = role
+    def __init__(self, roles: Sequence[Role]) -> None:
+        self._roles = roles
         self._child: Child | None = None
         self._starting = asyncio.Lock()
         self._forked: WeakValueDictionary[int, ForkedProcess] = WeakValueDictionary()
 
-    async def fork(self) -> Child:
-        """A child that answers once it is in its jail. Raises: ControlError."""
+    async def fork(self, name: str) -> Child:
+        """A child of that role, which answers once it is in its jail. Raises: ControlError."""
         nursery_child = await self._running()
         try:
-            return await self._fork_from(nursery_child)
+            return await self._fork_from(nursery_child, name)
         except ControlError as exc:
-            log.warning("no %s from its nursery: %s; it is started anew", self._role.name, exc)
-        return await self._fork_from(await self._running(failed=nursery_child))
+            log.warning("no %s from the nursery: %s; it is started anew", name, exc)
+        return await self._fork_from(await self._running(failed=nursery_child), name)
 
     async def close(self) -> None:
         """End the nursery; its children go on."""
         if self._child is not None:
             await self._child.stop()
 
-    async def _fork_from(self, nursery_child: Child) -> Child:
+    async def _fork_from(self, nursery_child: Child, name: str) -> Child:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         try:
-            fields, fds = await nursery_child.call("fork", _START_TIMEOUT_S, [theirs.fileno()])
+            fields, fds = await nursery_child.call("fork", _START_TIMEOUT_S, [theirs.fileno()], kind=name)
             process = ForkedProcess(wire.field(fields, "pid", int), wire.exactly(fds, 1)[0])
         except BaseException:
             ours.close()
@@ -346,7 +351,7 @@ class Nursery:
         finally:
             theirs.close()
         self._forked[process.pid] = process
-        return Child(self._role.name, process, ours)
+        return Child(name, process, ours)
 
     async def _running(self, failed: Child | None = None) -> Child:
         """The nursery; another one than `failed`."""
@@ -355,8 +360,8 @@ class Nursery:
                 self._child.kill()
                 self._child = None
             if self._child is None or not self._child.alive:
-                role = replace(self._role, flags=(*self._role.flags, nursery.FLAG))
-                self._child = await Child.spawn(role)
+                kinds = [f"--child={shlex.join(role.arguments)}" for role in self._roles]
+                self._child = await Child.spawn("nursery", kinds)
                 self._child.on_notification = self._on_exit
                 await self._child.call("ping", _START_TIMEOUT_S)
             return self._child
@@ -368,22 +373,26 @@ class Nursery:
 
 
 class ChildPool:
-    """Keeps `spares` children of each role ready, so that a publish (or a crash) does not wait even for a fork. A spare knows
+    """Keeps `spares` workers and fetchers ready, so that a publish (or a crash) does not wait even for a fork. A spare knows
     nothing of any mount.
     """
 
     _REFILL_DELAY_S = 2.0  # leave the cores to the reader that has just got its mount
 
     def __init__(self, roles: Sequence[Role], spares: int) -> None:
-        self._nurseries = {role.name: Nursery(role) for role in roles}
+        self._nursery = Nursery(roles)
         self._spares = spares
-        self._idle: dict[str, list[Child]] = {role.name: [] for role in roles}
+        self._idle: dict[str, list[Child]] = {name: [] for name in _WITH_SPARES}
         self._refills: set[asyncio.Task[None]] = set()
         self._closed = False
 
     async def fill(self) -> None:
         """Start the spares now."""
-        await asyncio.gather(*(self._refill(name, 0) for name in self._nurseries))
+        await asyncio.gather(*(self._refill(name, 0) for name in self._idle))
+
+    async def fork(self, name: str) -> Child:
+        """A new child, no spare. Raises: ControlError."""
+        return await self._nursery.fork(name)
 
     async def take(self, name: str) -> Child:
         """A live child that nobody else has. Raises: ControlError."""
@@ -393,7 +402,7 @@ class ChildPool:
             if child.alive:
                 break
         else:
-            child = await self._nurseries[name].fork()
+            child = await self.fork(name)
         if self._spares and not self._closed:
             task = asyncio.create_task(self._refill(name, self._REFILL_DELAY_S))
             self._refills.add(task)
@@ -406,7 +415,7 @@ class ChildPool:
         for task in self._refills:
             task.cancel()
         await asyncio.gather(*(child.stop() for idle in self._idle.values() for child in idle))
-        await asyncio.gather(*(nursery.close() for nursery in self._nurseries.values()))
+        await self._nursery.close()
 
     async def _refill(self, name: str, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
@@ -414,7 +423,7 @@ class ChildPool:
         idle[:] = [child for child in idle if child.alive]
         while len(idle) < self._spares and not self._closed:
             try:
-                child = await self._nurseries[name].fork()
+                child = await self.fork(name)
                 await child.call("ping", _START_TIMEOUT_S)
             except ControlError as exc:
                 log.error("no spare %s: %s", name, exc)

@@ -1,7 +1,8 @@
-"""The process that workers (or fetchers) are forked from: it has imported what they need and does nothing else.
+"""The process that workers, fetchers and the store are forked from: it has imported what they need and does nothing else.
 
 An interpreter that starts and imports costs a quarter of a second of CPU and 20 MB of its own; a fork of one that has done so costs
-milliseconds, and shares what it does not change. So twenty models at once need not wait for forty interpreters.
+milliseconds, and shares what it does not change. So twenty models at once need not wait for forty interpreters, and what all
+of them import is in memory once.
 
 The nursery has one thread, holds no secret, reads nothing but sockets handed to it by the supervisor, and never opens a
 jail: each child takes on its own, as one that was executed would. It ends when the supervisor closes its socket; its
@@ -18,19 +19,28 @@ import select
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from csi.control import wire
 from csi.errors import ControlError, ModelMountError
 
 log = logging.getLogger(__name__)
 
-FLAG = "--nursery"
+_VERB = "nursery"
 
 
-def run(control_fd: int, live: Callable[[int], int]) -> int:
-    """Fork a child for every socket that comes over `control_fd`; there it calls `live` with that socket's descriptor and ends
-    with the status returned. Returns when the supervisor has closed its end.
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of child: what `ps` shows of it, without its socket, and what it does with that."""
+
+    arguments: list[str]
+    live: Callable[[int], int]
+
+
+def run(control_fd: int, kinds: Mapping[str, Kind]) -> int:
+    """Fork a child of the kind that is named for every socket that comes over `control_fd`; there it calls `live` with that
+    socket's descriptor and ends with the status returned. Returns when the supervisor has closed its end.
 
     `fork` answers with the child's pid and a descriptor of its process; `exited` tells how it ended.
     """
@@ -50,7 +60,7 @@ def run(control_fd: int, live: Callable[[int], int]) -> int:
                 received = wire.recv(control)
                 if received is None:
                     return 0
-                process_fd, pid = _on_request(control, *received, live)
+                process_fd, pid = _on_request(control, *received, kinds)
                 if process_fd >= 0:
                     children[process_fd] = pid
                     poll.register(process_fd, select.POLLIN)
@@ -60,7 +70,7 @@ def run(control_fd: int, live: Callable[[int], int]) -> int:
 
 
 def _on_request(
-    control: socket.socket, request: wire.Message, fds: list[int], live: Callable[[int], int]
+    control: socket.socket, request: wire.Message, fds: list[int], kinds: Mapping[str, Kind]
 ) -> tuple[int, int]:
     """A new child's process descriptor and pid; -1 and 0 when there is none."""
     try:
@@ -70,7 +80,7 @@ def _on_request(
             case "fork":
                 (child_fd,) = wire.exactly(fds, 1)
                 try:
-                    process_fd, pid = _fork(child_fd, live)
+                    process_fd, pid = _fork(child_fd, _named(kinds, wire.field(request, "kind", str)))
                 finally:
                     os.close(child_fd)
                 wire.send(control, wire.ok(request, pid=pid), [process_fd])
@@ -83,7 +93,13 @@ def _on_request(
     return -1, 0
 
 
-def _fork(child_fd: int, live: Callable[[int], int]) -> tuple[int, int]:
+def _named(kinds: Mapping[str, Kind], name: str) -> Kind:
+    if name not in kinds:
+        raise ControlError(f"nursery: knows no {name!r}, only {', '.join(kinds)}")
+    return kinds[name]
+
+
+def _fork(child_fd: int, kind: Kind) -> tuple[int, int]:
     """Raises: ControlError."""
     if len(os.listdir("/proc/self/task")) != 1:
         raise ControlError("nursery: has more than one thread; a fork of it could hang")
@@ -92,19 +108,21 @@ def _fork(child_fd: int, live: Callable[[int], int]) -> tuple[int, int]:
     except OSError as exc:
         raise ControlError(f"nursery: cannot fork: {exc.strerror}") from exc
     if pid == 0:
-        os._exit(_be_child(child_fd, live))
+        os._exit(_be_child(child_fd, kind))
     return os.pidfd_open(pid), pid
 
 
-def _be_child(control_fd: int, live: Callable[[int], int]) -> int:
+def _be_child(control_fd: int, kind: Kind) -> int:
     """In the child: nothing of the nursery's stays but what it has imported."""
     status = 1
     try:
         os.setsid()
         os.closerange(3, control_fd)
         os.closerange(control_fd + 1, os.sysconf("SC_OPEN_MAX"))
-        show_arguments([argument for argument in sys.orig_argv if argument != FLAG])
-        status = live(control_fd)
+        verb, *flags = kind.arguments
+        program = sys.orig_argv[: sys.orig_argv.index(_VERB)]
+        show_arguments([*program, verb, "--control-fd", str(control_fd), *flags])
+        status = kind.live(control_fd)
     except ModelMountError as exc:
         log.error("%s", exc)
     except BaseException:

@@ -15,7 +15,7 @@ from csi.boot import this_boot
 from csi.cache.paths import VERSION
 from csi.control import wire
 from csi.errors import ControlError, ModelMountError
-from csi.supervisor.child import Child, Role
+from csi.supervisor.child import Child, ChildPool
 from csi.supervisor.heartbeat import end_of
 from csi.supervisor.ownership import give
 from csi.supervisor.settings import SupervisorSettings
@@ -30,8 +30,10 @@ _MAX_OTHER_LAYOUTS = 8  # one message's worth; the rest at the next start
 class StoreLink:
     """Use from one event loop. `on_message` gets what the store says by itself."""
 
-    def __init__(self, settings: SupervisorSettings, on_message: Callable[[wire.Message], None]) -> None:
-        self._settings = settings
+    def __init__(
+        self, settings: SupervisorSettings, pool: ChildPool, on_message: Callable[[wire.Message], None]
+    ) -> None:
+        self._settings, self._pool = settings, pool
         self._on_message = on_message
         self._child: Child | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -80,9 +82,7 @@ class StoreLink:
         return self._child.pid if self._child is not None else None
 
     async def _spawn(self) -> None:
-        child = await Child.spawn(
-            Role("store", self._settings.store_uid, self._settings.store_gid, self._settings.jail_flags())
-        )
+        child = await self._pool.fork("store")
         child.on_notification = self._on_message
         fds = [
             os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

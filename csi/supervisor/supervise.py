@@ -74,6 +74,7 @@ class Supervisor:
             [
                 Role("worker", settings.worker_uid, settings.child_gid, settings.jail_flags()),
                 Role("fetcher", settings.fetcher_uid, settings.child_gid, settings.fetcher_flags()),
+                Role("store", settings.store_uid, settings.store_gid, settings.jail_flags()),
             ],
             settings.spares,
         )
@@ -83,7 +84,7 @@ class Supervisor:
         self._node_credentials = NodeCredentials(logins, settings.logins_kept_s)
         self._renews_logins = bool(logins)
         self._renewing: asyncio.Task[None] | None = None
-        self._store = StoreLink(settings, self._on_store_message)
+        self._store = StoreLink(settings, self._pool, self._on_store_message)
         self._memory = MemoryBudget(settings.memory_budget_bytes)
         self._records = MountRecords(settings.state_dir)
         self._mounts: dict[str, Mount] = {}

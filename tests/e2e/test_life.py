@@ -361,6 +361,41 @@ def test_a_helm_upgrade_of_supervisor_and_node_while_a_pod_reads(
         cluster.wait_rolled_out(component)
 
 
+def test_a_complete_model_is_shown_as_plain_files_where_that_is_wished(
+    cluster: KubernetesApi, release: Helm, values: dict[str, Any], model: Model
+) -> None:
+    """Through the death of every pod of the driver; also in a user namespace, which needs idmapped mounts."""
+    release.install(values | {"cache.seal": "always"})
+    cluster.wait_rolled_out("supervisor")
+
+    def is_proven() -> bool:
+        """The model's last volume shows plain files: each try is one more volume."""
+        cluster.run_pod("probe", HASH, inline(model.references["v2"]), MOUNTS)
+        assert cluster.result("probe") == (0, model.digests["v2"])
+        (mount,) = cluster.status()
+        sealed = bool(mount["sealed"]["targets"])
+        cluster.delete_pod("probe")
+        return sealed
+
+    try:
+        with reading(cluster, model, "early"):
+            cluster.wait("the model to be complete and proven", is_proven, 120)
+            cluster.wait("the probe's volume to be gone", lambda: len(cluster.status()[0]["targets"]) == 1, 30)
+            with reading(cluster, model, "late"):
+                (mount,) = cluster.status()
+                assert len(mount["targets"]) == 2
+                assert len(mount["sealed"]["targets"]) == 1
+                for component in ("supervisor", "node", "keeper"):
+                    delete_driver_pod(cluster, component)
+                (mount,) = cluster.status()
+                assert len(mount["sealed"]["targets"]) == 1
+                cluster.run_pod("userns", HASH, inline(model.references["v2"]), MOUNTS, hostUsers=False)
+                assert cluster.result("userns") == (0, model.digests["v2"])
+    finally:
+        release.install(values)
+        cluster.wait_rolled_out("supervisor")
+
+
 def test_metrics_and_health_are_served_at_the_nodes_address(
     cluster: KubernetesApi, local_cluster: LocalCluster, model: Model
 ) -> None:

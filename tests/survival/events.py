@@ -30,10 +30,10 @@ def shoot(stage: Stage, role: str) -> int:
     return 0
 
 
-def shoot_nurseries(stage: Stage) -> None:
-    """SIGKILL to the processes that workers and fetchers are forked from."""
+def shoot_nursery(stage: Stage) -> None:
+    """SIGKILL to the process that workers, fetchers and the store are forked from."""
     for pid, command in stage.node.container("supervisor").processes().items():
-        if "--nursery" in command:
+        if "nursery" in command:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -82,7 +82,7 @@ def restart_supervisor(stage: Stage) -> None:
 def at_random(stage: Stage) -> dict[str, Callable[[], object]]:
     """Everything that may happen at any time, by name."""
     events: dict[str, Callable[[], object]] = {f"SIGKILL {role}": partial(shoot, stage, role) for role in CHILDREN}
-    events["SIGKILL nurseries"] = partial(shoot_nurseries, stage)
+    events["SIGKILL nursery"] = partial(shoot_nursery, stage)
     for component in ("keeper", "node"):
         events[f"SIGKILL {component}"] = partial(stage.node.restart, component)
     events["SIGKILL supervisor"] = partial(restart_supervisor, stage)

@@ -11,7 +11,7 @@ from functools import partial
 import grpc
 import pytest
 from survival.conftest import Stage
-from survival.events import another, kill, replace, restart_supervisor, shoot, shoot_nurseries
+from survival.events import another, kill, replace, restart_supervisor, shoot, shoot_nursery
 
 pytestmark = [pytest.mark.fuse, pytest.mark.survival, pytest.mark.timeout(600)]
 
@@ -100,10 +100,10 @@ def test_the_node_is_killed_inside_a_publish(stage: Stage) -> None:
             assert not here.exists()
 
 
-def test_the_nurseries_are_killed_with_the_worker(stage: Stage) -> None:
+def test_the_nursery_is_killed_with_the_worker(stage: Stage) -> None:
     """What workers are forked from is gone, too."""
-    with stage.event("SIGKILL nurseries and worker at once"):
-        shoot_nurseries(stage)
+    with stage.event("SIGKILL nursery and worker at once"):
+        shoot_nursery(stage)
         kill(stage, "worker")
 
 
