@@ -43,6 +43,7 @@ class SealedModels:
     ) -> None:
         self._fd, self._blobs_fd = directory_fd, blobs_fd
         self._open_proven, self._read_whole = open_proven, read_whole
+        self._right: dict[str, tuple[int, int]] = {}
         for name in os.listdir(directory_fd):
             if name.startswith(_HIDDEN):  # left by one who died over it
                 shutil.rmtree(name, dir_fd=directory_fd, ignore_errors=True)
@@ -83,6 +84,7 @@ class SealedModels:
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(mount_id, gone, src_dir_fd=self._fd, dst_dir_fd=self._fd)
                 shutil.rmtree(gone, dir_fd=self._fd, ignore_errors=True)
+                self._right = {path: seen for path, seen in self._right.items() if not path.startswith(f"{mount_id}/")}
             return free
 
     def is_shown(self, mount_id: str) -> bool:
@@ -107,9 +109,25 @@ class SealedModels:
             except OSError:
                 return False
             source = sources.get(digest)
-            if found.st_size != size_bytes or (source is not None and not os.path.samestat(found, os.fstat(source))):
+            if found.st_size != size_bytes:
+                return False
+            if source is not None:
+                if not os.path.samestat(found, os.fstat(source)):
+                    return False
+            elif not self._is_right(f"{mount_id}/{path}", digest, found):
                 return False
         return bool(files)
+
+    def _is_right(self, path: str, digest: Digest, found: os.stat_result) -> bool:
+        """Whether a copy is what it was made as: hashed once by this process, and whenever it was written to since."""
+        seen = (found.st_ino, found.st_mtime_ns)
+        if self._right.get(path) != seen:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._fd)
+            with open(fd, "rb") as file:
+                if Digest.of(file.read(), digest.algorithm) != digest:
+                    return False
+            self._right[path] = seen
+        return True
 
     def _put_together(self, mount_id: str, files: Sequence[File], sources: dict[Digest, int]) -> None:
         """Raises: OSError, CacheError; then nothing of it stays."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 SLOTS = 3
@@ -26,6 +26,7 @@ _WEIGHTS = {
     "outage": 2,
     "lie": 4,
     "check": 3,
+    "restart": 3,
 }
 
 
@@ -42,12 +43,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`backend`: of FUSE, `raw` and `passthrough` are one, without and with. `cache_limit` 0: none. `pace_s`: what a registry
+    """`backend`: of FUSE, `raw` and `passthrough` are one, without and with. `seal`: as the node's flag. `cache_limit` 0: none. `pace_s`: what a registry
     takes for a MiB.
     """
 
     seed: int
     backend: str
+    seal: str
     cache_limit: int
     pace_s: float
     readers: int
@@ -55,7 +57,7 @@ class Plan:
 
     def __str__(self) -> str:
         head = (
-            f"seed {self.seed}: {self.backend}, cache limit {self.cache_limit}, {self.pace_s * 1000:.0f} ms/MiB, "
+            f"seed {self.seed}: {self.backend}, seal {self.seal}, cache limit {self.cache_limit}, {self.pace_s * 1000:.0f} ms/MiB, "
             f"{self.readers} readers"
         )
         return "\n  ".join([head, *map(str, self.steps)])
@@ -67,6 +69,7 @@ def make(seed: int, steps: int) -> Plan:
     return Plan(
         seed=seed,
         backend=chosen.choice(["passthrough", "raw", "pyfuse3"]),
+        seal=chosen.choice(["auto", "always", "never"]),
         cache_limit=chosen.choice([0, 0, 0, 250 << 20]),
         pace_s=chosen.choice([0.0, 0.002, 0.02]),
         readers=chosen.choice([2, 3, 4]),
@@ -95,6 +98,8 @@ def _step(chosen: random.Random, kind: str | None = None) -> Step:
         case "kill":
             role = chosen.choice(["worker", "fetcher", "fetcher", "store", "store"])
             fields = {"role": role, "slot": slot, "after_s": round(chosen.random() * 0.6, 2)}
+        case "restart":
+            fields = {"role": chosen.choice(["supervisor", "keeper", "nursery"])}
         case "damage":
             how = chosen.choice(["flip", "cut", "swap", "remove", "empty"])
             fields = {"how": how, "which": chosen.random(), "at": chosen.random()}
@@ -132,4 +137,4 @@ def shrunk(plan: Plan, fails: Callable[[Plan], bool]) -> Plan:
 
 
 def _with_steps(plan: Plan, steps: tuple[Step, ...]) -> Plan:
-    return Plan(plan.seed, plan.backend, plan.cache_limit, plan.pace_s, plan.readers, steps)
+    return replace(plan, steps=steps)

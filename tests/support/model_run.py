@@ -31,7 +31,9 @@ from support import checking_reader
 from support.model_plan import REGISTRIES, Plan
 from support.node_process import NodeProcess, alive, children_of
 
+from csi import mountinfo
 from csi.cache.format import DATA_NAME, MAP_NAME, BlobState, is_segment, unpack_header
+from csi.control.keeper import KeeperClient
 from csi.control.supervisor import SupervisorClient
 from csi.errors import CacheError, ControlError
 from csi.oci.digest import Digest
@@ -213,6 +215,7 @@ class Run:
             f"--read-deadline={DEADLINE_S:g}",
             f"--fuse-backend={plan.backend.replace('passthrough', 'raw')}",
             f"--passthrough={'auto' if plan.backend == 'passthrough' else 'off'}",
+            f"--seal={plan.seal}",
             "--patience=3",
             "--cache-min-free=1",
         ]
@@ -343,20 +346,61 @@ class Run:
     def _kill(self, role: str, slot: int) -> None:
         now = time.monotonic()
         self._memory.away.append(Span(now, now + _SLACK_S))
-        for pid in children_of(self.node.pid):
-            with contextlib.suppress(OSError):
-                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if role.encode() in arguments and alive(pid) and (role == "store" or self._serves(pid, slot)):
+        for pid in self._pids_of(role):
+            if role == "store" or self._serves(pid, slot):
+                with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
-                    return
+                return
 
     def _serves(self, pid: int, slot: int) -> bool:
         volume = self._slots.get(slot)
         return volume is not None and any(
             pid in (mount["worker_pid"], mount["fetcher_pid"])
-            for mount in self.node.status()
+            for mount in self._status()
             if str(volume.target) in mount["targets"]
         )
+
+    def _do_restart(self, role: str) -> None:
+        """SIGKILL, and until what depends on it is whole again: of keeper and supervisor one has what the other needs."""
+        now = time.monotonic()
+        self._memory.away.append(Span(now, now + _SLACK_S))
+        before = self._pids_of(role)
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        if role == "nursery":  # the next one is started when something is to be forked
+            return
+        deadline = now + 60
+        while not (set(self._pids_of(role)) - set(before) and self._is_whole()):
+            if time.monotonic() > deadline:
+                raise WrongError(f"{role} was killed, and is not back")
+            time.sleep(0.05)
+
+    def _pids_of(self, role: str) -> list[int]:
+        found = []
+        for pid in children_of(self.node.pid):
+            with contextlib.suppress(OSError):
+                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if role.encode() in arguments and alive(pid):
+                    found.append(pid)
+        return found
+
+    def _is_whole(self) -> bool:
+        try:
+            self.node.status()
+            return all(mount.connected for mount in KeeperClient(str(self.node.state_dir)).mounts())
+        except ControlError:
+            return False
+
+    def _status(self) -> list[dict[str, Any]]:
+        """The supervisor's, once it answers."""
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                return self.node.status()
+            except ControlError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
 
     def _do_prune(self) -> None:
         self._cache("prune")
@@ -372,7 +416,7 @@ class Run:
 
     def _do_damage(self, how: str, which: float, at: float) -> None:
         """Of what no mount uses now."""
-        live = {mount["mount_id"] for mount in self.node.status()}
+        live = {mount["mount_id"] for mount in self._status()}
         used = {path.stat().st_ino for path in self._cache_files() if live & set(path.parts)}
         unused = [path for path in self._cache_files() if not live & set(path.parts) and path.stat().st_ino not in used]
         if not unused:
@@ -438,10 +482,17 @@ class Run:
         files = [path for path in self._cache_files() if path.stat().st_size > BLOCK_BYTES // 2]
         if self._plan.backend == "passthrough":  # the kernel reads that by itself, and to the end it finds
             files = [path for path in files if path.name != "data"]
+        shown = self._shown()
+        files = [path for path in files if path.stat().st_ino not in shown]
         if files:
             path = files[int(which * len(files))]
             with contextlib.suppress(OSError):
                 os.truncate(path, int(at * path.stat().st_size))
+
+    def _shown(self) -> set[int]:
+        """The inodes of plain files that volumes show: they are read as they are."""
+        ids = {mountinfo.sealed_mount(entry) for entry in mountinfo.read()}
+        return {path.stat().st_ino for path in self._cache_files() if "sealed" in path.parts and ids & set(path.parts)}
 
     def _cache_files(self) -> list[Path]:
         found = []

@@ -3,7 +3,7 @@
 Kept beside the layer's blob in the cache, so that the next worker, and the next mount of the model on this node, need not
 read the layer again. Everything is read in place: a million members or a hundred thousand points cost page cache only.
 
-    header   magic "MMLAYER", version, how the layer is read, sizes and counts, sha256 of everything after the header
+    header   magic "MMLAYER", version, how the layer is read, sizes and counts, sha256 of everything else in the file
     members  see `csi.oci.archive.table`
     points   32 bytes each
     windows  what gzip needs at each point, up to 32 KiB each
@@ -23,11 +23,12 @@ from csi.errors import ContentError
 from csi.oci.archive.points import MAX_UNIT_BYTES, AccessPoint, PointTable
 from csi.oci.archive.table import RECORD_BYTES, MemberTable
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b"MMLAYER"
 _HEADER = struct.Struct("<7sBBQQQQQQ32s")  # magic version access encoded decoded members names points windows sha256
 _POINT = struct.Struct("<QQQIB3x")  # decoded encoded window_offset window_len bits
 _WINDOW_BYTES = 32768
+_SHA256_BYTES = 32
 
 
 class Access(IntEnum):
@@ -91,9 +92,9 @@ def dump(index: LayerIndex) -> bytes:
         len(names),
         len(index.points),
         len(windows),
-        hashlib.sha256(body).digest(),
-    )
-    return header + body
+        bytes(_SHA256_BYTES),
+    )[:-_SHA256_BYTES]
+    return header + _digest(header, body) + body
 
 
 def load(data: bytes | memoryview, encoded_bytes: int) -> LayerIndex:
@@ -112,7 +113,8 @@ def load(data: bytes | memoryview, encoded_bytes: int) -> LayerIndex:
         raise ContentError(f"layer index: not one of version {VERSION}")
     sizes = (members * RECORD_BYTES, names, points * _POINT.size, windows)
     body = view[_HEADER.size :]
-    if encoded != encoded_bytes or len(body) != sum(sizes) or hashlib.sha256(body).digest() != digest:
+    right = len(body) == sum(sizes) and _digest(view[: _HEADER.size - _SHA256_BYTES], body) == digest
+    if encoded != encoded_bytes or not right:
         raise ContentError("layer index: damaged, or of another layer")
     parts, at = [], 0
     for size in sizes:
@@ -123,6 +125,12 @@ def load(data: bytes | memoryview, encoded_bytes: int) -> LayerIndex:
     stored = _StoredPoints(parts[2], parts[3])
     _check_points(stored, known_access, encoded, decoded)
     return LayerIndex(known_access, encoded, decoded, table, stored)
+
+
+def _digest(header: bytes | memoryview, body: bytes | memoryview) -> bytes:
+    digest = hashlib.sha256(header)
+    digest.update(body)
+    return digest.digest()
 
 
 def _check_points(points: _StoredPoints, access: Access, encoded_bytes: int, decoded_bytes: int) -> None:

@@ -158,6 +158,22 @@ def test_what_is_shown_is_never_evicted_and_leaves_with_its_mount(shelf: Shelf, 
     assert list((domain / "blobs").iterdir()) == []
 
 
+@pytest.mark.parametrize("path", ["config.json", "deep/same.safetensors"])
+def test_what_was_swapped_while_nobody_showed_it_is_put_together_anew(shelf: Shelf, domain: Path, path: str) -> None:
+    area = Area(domain)
+    shelf.promote(MOUNT, BIG_DIGEST, len(BIG), ["registry/a"])
+    shelf.seal(MOUNT, FILES)
+    shown = domain / "sealed" / MOUNT / path
+    right = shown.read_bytes()
+    other = shown.with_name("other")
+    other.write_bytes(bytes(len(right)))
+    os.utime(other, ns=(shown.stat().st_atime_ns, shown.stat().st_mtime_ns))
+    other.replace(shown)
+    assert shelf.seal(MOUNT, FILES) == []
+    assert shown.read_bytes() == right
+    area.leave()
+
+
 def test_another_version_of_it_does_not_replace_what_is_shown(shelf: Shelf, domain: Path) -> None:
     area = Area(domain)
     shelf.promote(MOUNT, BIG_DIGEST, len(BIG), ["registry/a"])
