@@ -45,7 +45,7 @@ from csi.fetcher.proving import DigestCheck, Found, block_buffer, look_at_kept, 
 from csi.integrity.index import BlobHashes
 from csi.stream import blocks
 from csi.stream.ports import ModelSource
-from csi.stream.range_length import SHORTEST, RangeLength
+from csi.stream.range_length import RangeLength
 from csi.stream.scheduler import Job, Priority, Scheduler
 from csi.stream.width import WINDOW_S, Width
 from csi.tree.model import BlobSpec
@@ -58,6 +58,8 @@ _MAX_DELAY_S = 10.0
 _SCARCE_CORES = 4
 _HASH_PATIENCE_S = 0.1
 _FINAL_TRIES = 3
+_LENT_AT_ONCE = 4
+"""Blocks of a range that can only be lent: each request costs, and there is not room for many."""
 _EVENT_INTERVAL_S = 10.0  # of a registry whose every block is wrong we need not speak every time
 _TROUBLE_INTERVAL_S = 1.0
 _AUTH_DELAY_S = 2.0  # new credentials wake the wait at once
@@ -307,7 +309,11 @@ class FetchEngine:
 
     def _readers_wait(self) -> bool:
         """Somebody reads what is not there yet: a demand, or the read-ahead of a reader that is only just fed."""
-        return time.monotonic() - self._last_want < _HASH_PATIENCE_S
+        return time.monotonic() - self._last_want < _HASH_PATIENCE_S or self._scheduler.is_demanded
+
+    def _is_wanted(self, blob: int, block: int) -> bool:
+        """Of a block that is in flight: somebody reads, by now."""
+        return self._scheduler.urgency_of(blob, block) is not Priority.BACKGROUND or self._readers_wait()
 
     def _widen(self) -> None:
         """Have as many fetch threads as should be. The first is for readers only. Call with the lock."""
@@ -373,9 +379,9 @@ class FetchEngine:
                     self._lock.notify_all()
                     return None
                 allowed, patience_s = self._allowed(least)
-                # What can only be lent must not be more than is read before its room in memory is needed again.
-                length = self._range_length.now if patience_s is None else SHORTEST
-                along = length if patience_s is None else 0
+                length = along = self._range_length.now
+                if patience_s is not None:  # what is lent must be read before its room in memory is needed again
+                    length, along = min(_LENT_AT_ONCE, length, self._room() or _LENT_AT_ONCE), 0
                 if job := self._scheduler.next_job(allowed, length, along=along):
                     return job
                 if self._intake.missed_writes and allowed is Priority.BACKGROUND:
@@ -393,11 +399,22 @@ class FetchEngine:
         on the disk.
         """
         if (rest := self._intake.rest_s) > 0:
-            return (min(least, Priority.AHEAD) if self._intake.has_room() else Priority.DEMAND), rest
+            return (min(least, Priority.AHEAD) if self._room() else Priority.DEMAND), rest
         if self._intake.disk_is_slow and self._readers_wait():
             # A block that finds no room in memory is written, and its reader waits for that.
-            return (min(least, Priority.AHEAD) if self._intake.has_room() else Priority.DEMAND), _HASH_PATIENCE_S
+            return (min(least, Priority.AHEAD) if self._room() else Priority.DEMAND), _HASH_PATIENCE_S
         return least, None
+
+    def _room(self) -> int:
+        return self._intake.room(self._scheduler.in_flight)
+
+    def _gives_way(self, blob: int, block: int) -> bool:
+        """Whether the rest of a range is left from this block on: nobody waits for it, and what cannot be kept would take the room
+        in memory of what somebody waits for.
+        """
+        if not (self._intake.rest_s > 0 or (self._intake.disk_is_slow and self._readers_wait())):
+            return False
+        return self._scheduler.urgency_of(blob, block) > (Priority.AHEAD if self._intake.room(0) else Priority.DEMAND)
 
     def _fetch(self, job: Job, buffer: memoryview) -> None:
         absent = [block for blob, block in job.blocks() if not self._is_good_in_cache(blob, block, buffer)]
@@ -438,11 +455,18 @@ class FetchEngine:
                 self._widen()
             try:
                 for block in range(first, first + count):
+                    if self._gives_way(job.blob, block):
+                        self._put_back(Job(job.blob, block, first + count - block, job.priority))
+                        return
                     content = buffer[: blocks.block_length(spec.size_bytes, block)]
-                    wanted = job.priority is not Priority.BACKGROUND or self._readers_wait()
                     begun = time.monotonic()
                     outcome = self._intake.receive(
-                        reader, job.blob, block, content, self._hashes[job.blob], wanted=wanted
+                        reader,
+                        job.blob,
+                        block,
+                        content,
+                        self._hashes[job.blob],
+                        is_wanted=functools.partial(self._is_wanted, job.blob, block),
                     )
                     self._range_length.observe(len(content), time.monotonic() - begun)
                     if outcome is Outcome.WRONG:

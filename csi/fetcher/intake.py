@@ -66,9 +66,12 @@ class _Lent:
 
 
 class _Pace:
-    """Whether the pieces of one block show that its reader would wait for the disk."""
+    """Whether the pieces of one block show that its reader would wait for the disk, and not for a core: what is received in
+    between would take as long then.
+    """
 
     def __init__(self) -> None:
+        self._began = time.monotonic()
         self.writing_s = 0.0
         self._slow_pieces, self._longest_s = 0, 0.0
 
@@ -78,8 +81,13 @@ class _Pace:
         self._longest_s = max(self._longest_s, seconds)
 
     @property
+    def receiving_s(self) -> float:
+        return time.monotonic() - self._began - self.writing_s
+
+    @property
     def is_late(self) -> bool:
-        return self.writing_s > _LATE_WRITE_S and (self._slow_pieces > 1 or self._longest_s > _STUCK_PIECE_S)
+        slow = self._slow_pieces > 1 or self._longest_s > _STUCK_PIECE_S
+        return slow and self.writing_s > max(_LATE_WRITE_S, 2 * self.receiving_s)
 
 
 class _Average:
@@ -135,9 +143,9 @@ class Intake:
         """There is room in the cache (again)."""
         self._no_writes_until = 0.0
 
-    def has_room(self) -> bool:
-        """Whether a block can be lent to somebody who does not wait for it yet."""
-        return self._ring is not None and self._ring.free_slots > self._ring.slots // 4
+    def room(self, coming: int) -> int:
+        """How many blocks more can be lent to somebody who does not wait for them yet, when `coming` are on their way."""
+        return 0 if self._ring is None else max(0, self._ring.free_slots - coming - self._ring.slots // 4)
 
     def is_being_written(self, blob: int, block: int) -> bool:
         """Lent, and not on the disk yet."""
@@ -151,16 +159,16 @@ class Intake:
         content: memoryview,
         hashes: BlobHashes | None,
         *,
-        wanted: bool,
+        is_wanted: Callable[[], bool],
     ) -> Outcome:
         """Read the next block of a range by way of `content`, a buffer of its length, and pass it on. Without `hashes` nothing is
-        checked here. `wanted`: somebody reads, and must not wait for a slow disk.
+        checked here. `is_wanted`: somebody reads, and must not wait for a slow disk; that may change meanwhile.
 
         Raises: what `reader` raises; then nothing of the block is marked.
         """
-        slot = self._ring.take() if self._disk_is_slow and wanted and self._ring is not None else None
+        slot = self._ring.take() if self._disk_is_slow and is_wanted() and self._ring is not None else None
         if slot is None or self._ring is None:
-            return self._to_disk(reader, blob, block, content, hashes, wanted=wanted)
+            return self._to_disk(reader, blob, block, content, hashes, is_wanted)
         lent = False
         try:
             begun = time.monotonic()
@@ -182,8 +190,7 @@ class Intake:
         block: int,
         content: memoryview,
         hashes: BlobHashes | None,
-        *,
-        wanted: bool,
+        is_wanted: Callable[[], bool],
     ) -> Outcome:
         write, refused = self._begin(blob, block)
         if refused:
@@ -193,7 +200,7 @@ class Intake:
                 self._lend(blob, block, slot)
             return Outcome.TAKEN
         check = index.hasher() if hashes is not None else None
-        begun, pace = time.monotonic(), _Pace()
+        pace = _Pace()
         for start in range(0, len(content), blocks.PIECE_BYTES):
             piece = content[: min(blocks.PIECE_BYTES, len(content) - start)]
             reader.readinto(piece)
@@ -207,9 +214,9 @@ class Intake:
             pace.observe(time.monotonic() - write_begun)
             written = start + len(piece)
             if (
-                wanted
-                and written < len(content)
+                written < len(content)
                 and pace.is_late
+                and is_wanted()
                 and self._ring is not None
                 and (slot := self._ring.take()) is not None
             ):
@@ -221,7 +228,7 @@ class Intake:
             return Outcome.WRONG
         if write is None:
             return Outcome.DISPLACED
-        self._note_times(pace.writing_s, time.monotonic() - begun - pace.writing_s, len(content))
+        self._note_times(pace.writing_s, pace.receiving_s, len(content))
         return Outcome.TAKEN if write.commit() else Outcome.DISPLACED
 
     def _rest_in_memory(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from csi.stream import blocks
 
 _RANGE_S = 0.2
-SHORTEST, LONGEST = 2, 4
+SHORTEST, LONGEST = 2, 8
 
 
 class RangeLength:

@@ -96,6 +96,7 @@ class Scheduler:
                 if self._is_present(blob, block):
                     del wanted[blob, block]
                     continue
+                block = self._first_of(blob, block, wanted, most_blocks)
                 return self._start(blob, block, priority, most_blocks, along if self._order else 0)
         if least < Priority.BACKGROUND:
             return None
@@ -108,6 +109,20 @@ class Scheduler:
             self._cursor += 1
             self._cursor_block = 0
         return None
+
+    def urgency_of(self, blob: int, block: int) -> Priority:
+        """Of a block that is in flight, how urgently it was asked for by now. May be asked without the lock."""
+        return self._in_flight.get((blob, block), Priority.BACKGROUND)
+
+    @property
+    def in_flight(self) -> int:
+        """How many blocks."""
+        return len(self._in_flight)
+
+    @property
+    def is_demanded(self) -> bool:
+        """Whether a reader waits for a block that has not arrived. May be asked without the lock."""
+        return bool(self._wanted[Priority.DEMAND]) or Priority.DEMAND in list(self._in_flight.values())
 
     def done(self, blob: int, block: int) -> None:
         """That block of a job has arrived."""
@@ -133,6 +148,18 @@ class Scheduler:
     def rewind(self) -> None:
         """Look at every block again in the background order (blocks were dropped or failed)."""
         self._cursor = self._cursor_block = 0
+
+    def _first_of(self, blob: int, block: int, wanted: dict[Block, None], most_blocks: int) -> int:
+        """Where a range begins that has that block: reads of one reader come in any order, and it needs the first one first."""
+        first = block
+        while (
+            block - first < most_blocks - 1
+            and first % blocks.SEGMENT_BLOCKS
+            and (blob, first - 1) in wanted
+            and self._is_free(blob, first - 1)
+        ):
+            first -= 1
+        return first
 
     def _is_free(self, blob: int, block: int) -> bool:
         return (blob, block) not in self._in_flight and not self._is_present(blob, block)

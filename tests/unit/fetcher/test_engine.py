@@ -255,6 +255,21 @@ def test_a_reader_does_not_wait_for_the_rest_of_a_block_on_a_disk_that_turns_slo
     engine.stop()
 
 
+def test_a_block_of_the_background_that_is_demanded_while_a_slow_disk_takes_it_goes_on_in_memory(area: int) -> None:
+    SlowWriter.delay_s = 0.5  # a piece; the whole block takes four seconds
+    engine, reader = engine_on(area, MemorySource(), fill=True)
+    time.sleep(0.7)  # nobody reads: what was begun goes to the disk, however long that takes
+    assert not lent_blocks(engine)
+    began = time.monotonic()
+    engine.want(0, 0, 1, Priority.DEMAND)
+    reader.wait(lambda: 0 in reader.got)
+    # Four threads write, one piece after the other: two seconds for one piece of each, sixteen for a block of each.
+    assert time.monotonic() - began < 8
+    assert_all_right(reader)
+    SlowWriter.delay_s = 0.0
+    engine.stop()
+
+
 def test_a_blob_whose_last_block_is_written_behind_its_reader_is_complete(area: int) -> None:
     engine, reader = engine_on(area, MemorySource(), fill=False)
     last = 3

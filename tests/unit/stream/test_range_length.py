@@ -10,7 +10,7 @@ from csi.stream.range_length import LONGEST, SHORTEST, RangeLength
 
 @pytest.mark.parametrize(
     ("bytes_per_s", "blocks"),
-    [(10e3, SHORTEST), (10e6, SHORTEST), (45e6, SHORTEST), (70e6, 3), (100e6, LONGEST), (5e9, LONGEST)],
+    [(10e3, SHORTEST), (10e6, SHORTEST), (45e6, SHORTEST), (70e6, 3), (100e6, 4), (200e6, LONGEST), (5e9, LONGEST)],
 )
 def test_a_range_is_what_a_connection_brings_in_a_fifth_of_a_second(bytes_per_s: float, blocks: int) -> None:
     length = RangeLength()

@@ -146,3 +146,39 @@ def test_without_fill_nothing_is_taken_along() -> None:
     scheduler = Scheduler([30 * blocks.BLOCK_BYTES], lambda blob, block: False, fill=False)
     scheduler.want(0, 8, 1, Priority.DEMAND)
     assert scheduler.next_job(Priority.BACKGROUND, 4, along=4) == Job(0, 8, 1, Priority.DEMAND)
+
+
+def scheduler_of(block_count: int, *, fill: bool = False) -> Scheduler:
+    return Scheduler([block_count * blocks.BLOCK_BYTES], lambda blob, block: False, fill=fill)
+
+
+def test_a_range_begins_with_the_first_of_the_neighbours_that_are_asked_for() -> None:
+    scheduler = scheduler_of(40)
+    for block in (22, 21, 20, 19, 30):
+        scheduler.want(0, block, 1, Priority.DEMAND)
+    assert scheduler.next_job(Priority.DEMAND, 4) == Job(0, 19, 4, Priority.DEMAND)
+    assert scheduler.next_job(Priority.DEMAND, 4) == Job(0, 30, 1, Priority.DEMAND)
+    for block in (17, 16, 15):
+        scheduler.want(0, block, 1, Priority.DEMAND)
+    assert scheduler.next_job(Priority.DEMAND, 4) == Job(0, 16, 2, Priority.DEMAND), "another segment is another file"
+    for block in (7, 6, 5, 4, 3):
+        scheduler.want(0, block, 1, Priority.DEMAND)
+    found = scheduler.next_job(Priority.DEMAND, 4)
+    assert found == Job(0, 15, 1, Priority.DEMAND)
+    found = scheduler.next_job(Priority.DEMAND, 4)
+    assert found == Job(0, 4, 4, Priority.DEMAND), "the one that was asked for first is in it"
+
+
+def test_how_urgent_a_block_in_flight_is_and_that_somebody_waits() -> None:
+    scheduler = scheduler_of(8, fill=True)
+    job = scheduler.next_job(Priority.BACKGROUND, 4)
+    assert job == Job(0, 0, 4, Priority.BACKGROUND)
+    assert (scheduler.urgency_of(0, 2), scheduler.is_demanded, scheduler.in_flight) == (Priority.BACKGROUND, False, 4)
+    scheduler.want(0, 2, 1, Priority.AHEAD)
+    assert (scheduler.urgency_of(0, 2), scheduler.is_demanded) == (Priority.AHEAD, False)
+    scheduler.want(0, 2, 1, Priority.DEMAND)
+    assert (scheduler.urgency_of(0, 2), scheduler.is_demanded) == (Priority.DEMAND, True)
+    scheduler.done(0, 2)
+    assert not scheduler.is_demanded
+    scheduler.want(0, 7, 1, Priority.DEMAND)
+    assert scheduler.is_demanded
