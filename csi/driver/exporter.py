@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 
 from csi.control.keeper import KeeperClient
 from csi.control.supervisor import SupervisorClient
+from csi.driver import calls
 from csi.errors import InvalidVolumeError, ModelMountError
 from csi.observe import metrics
 from csi.observe.metrics import Kind, Metric
@@ -167,12 +168,14 @@ class Exporter:
         return int(self._server.server_port)
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Begin to count and to answer."""
+        calls.tell(count_call)
         self._thread.start()
         log.info("metrics at port %d", self.port)
 
     def stop(self) -> None:
         """End the thread and close the port."""
+        calls.tell_no_more(count_call)
         self._server.shutdown()
         self._server.server_close()
         REGISTRY.unregister(self._collector)

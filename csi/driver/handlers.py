@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from csi.driver.exporter import count_call
+from csi.driver import calls
 from csi.driver.requests import described
 from csi.driver.status_map import status_of
 from csi.errors import InvalidVolumeError, ModelMountError
@@ -57,7 +57,7 @@ def rpc(
                 await context.abort(code, f"internal error ({type(exc).__name__}); see the node's log")
                 raise AssertionError("unreachable: abort raises") from exc
             finally:
-                count_call(handler.__name__, code.name, time.monotonic() - started)
+                calls.ended(handler.__name__, code.name, time.monotonic() - started)
             log.debug("%s: OK in %.1f ms", handler.__name__, (time.monotonic() - started) * 1000)
         return reply
 

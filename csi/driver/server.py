@@ -18,7 +18,6 @@ from csi.control.supervisor import SupervisorClient
 from csi.driver.announcer import Announcer
 from csi.driver.controller import ControllerService
 from csi.driver.dependencies import KeeperWatch
-from csi.driver.exporter import Exporter, NodeCollector
 from csi.driver.identity import IdentityService
 from csi.driver.node import NodePolicy, NodeService
 from csi.driver.provisioner import Provisioner
@@ -99,6 +98,8 @@ async def serve(
         csi_pb2_grpc.add_ControllerServicer_to_server(ControllerService(provisioner), server)
     exporter = None
     if settings.metrics_address is not None:
+        from csi.driver.exporter import Exporter, NodeCollector
+
         collector = NodeCollector(settings.state_dir, settings.data_dir, settings.version)
         exporter = Exporter(settings.metrics_address, collector)
         exporter.start()

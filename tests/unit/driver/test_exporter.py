@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from csi.driver.exporter import Exporter, NodeCollector, count_call, mount_families, parse_address
+from csi.driver import calls
+from csi.driver.exporter import Exporter, NodeCollector, mount_families, parse_address
 from csi.errors import InvalidVolumeError
 from csi.observe.metrics import TABLE
 
@@ -100,7 +101,7 @@ def test_a_scrape_without_keeper_and_supervisor_says_so(tmp_path: Path) -> None:
         exporter = Exporter("127.0.0.1:0", NodeCollector(str(tmp_path), str(tmp_path), "1.2.3"))
         exporter.start()
         try:
-            count_call("NodePublishVolume", "OK", 0.2)
+            calls.ended("NodePublishVolume", "OK", 0.2)
             text = await asyncio.to_thread(fetch, exporter.port, "/metrics")
             health = await asyncio.to_thread(fetch, exporter.port, "/healthz")
             with pytest.raises(urllib.error.HTTPError, match="404"):
