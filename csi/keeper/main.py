@@ -254,6 +254,8 @@ class Keeper:
 
     def _back(self, mount_id: str, fds: list[int]) -> wire.Message:
         """A file has one id for as long as the mount lives: the kernel allows an inode no other while it is open."""
+        if (found := self._superblocks.get(mount_id)) is not None and not found.connected:
+            raise ControlError(f"mount {mount_id}: its connection is on its way back to this keeper; try again")
         held = self._live(mount_id)
         if len(fds) != 1 or self._backing_uid is None:
             raise MountError(

@@ -480,7 +480,7 @@ def test_a_killed_parent_takes_its_process_tree_along(tmp_path: Path, model: str
         target = node.target()
         node.publish(model, target)
         family = children_of(node.pid)
-        assert len(family) == 8
+        assert len(family) == 7
         os.kill(node.pid, signal.SIGKILL)
         deadline = time.monotonic() + 20
         while any(alive(pid) for pid in family):

@@ -24,7 +24,9 @@ _DEADLINE_S = 3
 @pytest.fixture(scope="module")
 def hasty_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
     """A read waits only a little there."""
-    with NodeProcess(tmp_path_factory.mktemp("node"), f"--read-deadline={_DEADLINE_S}", "--passthrough=off") as node:
+    with NodeProcess(
+        tmp_path_factory.mktemp("node"), f"--read-deadline={_DEADLINE_S}", "--passthrough=off", "--seal=never"
+    ) as node:
         yield node
         node.unpublish_all()
 

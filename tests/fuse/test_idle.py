@@ -25,7 +25,7 @@ SIZE = 24 << 20
 
 @pytest.fixture(params=["raw", "pyfuse3"])
 def node(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SeparateProcesses]:
-    flags = (f"--fuse-backend={request.param}", "--idle-exit=0.5", "--passthrough=off")
+    flags = (f"--fuse-backend={request.param}", "--idle-exit=0.5", "--passthrough=off", "--seal=never")
     with SeparateProcesses(tmp_path / "n", *flags) as node:
         yield node
 

@@ -215,6 +215,8 @@ def test_a_killed_keeper_gets_its_connections_back(keeper_process: KeeperProcess
     assert (mount.device, mount.connected) == (held.mount.device, False)
     with pytest.raises(MountError, match="nobody brought"):
         keeper.collect(MOUNT_ID)
+    with pytest.raises(ControlError, match="on its way back"):  # tried again, and no reason to do without passthrough
+        keeper.back(MOUNT_ID, held.table_fd)
     assert keeper.bind(MOUNT_ID, str(tmp_path / "target")), "a bind needs no connection"
     with pytest.raises(ControlError, match="needs the descriptors"):
         keeper.restore(MOUNT_ID, held.root_fd, held.table_fd)

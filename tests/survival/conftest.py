@@ -140,7 +140,7 @@ def supervisor_flags(backend: str) -> list[str]:
     if backend == "passthrough":
         return ["--fuse-backend=raw", "--passthrough=auto", "--cache-min-free=0"]
     backend = {OLD_KERNEL: "raw", OLD_PYFUSE3: "pyfuse3"}.get(backend, backend)
-    return [f"--fuse-backend={backend}", "--passthrough=off", "--cache-min-free=0"]
+    return [f"--fuse-backend={backend}", "--passthrough=off", "--seal=never", "--cache-min-free=0"]
 
 
 @pytest.fixture(scope="session")
