@@ -30,8 +30,9 @@ File = tuple[str, Digest, int]
 
 
 class SealedModels:
-    """Those below `directory_fd`; proven blobs are below `blobs_fd`. `open_proven(mount id, digest)` is a descriptor of a proven blob that the mount has, None where it
-    is not known to be right now; `read_whole(mount id, digest, size)` are the bytes of a small one, hashed.
+    """Those below `directory_fd`; proven blobs are below `blobs_fd`. `open_proven(mount id, digest)` is a descriptor of a proven
+    blob that the mount has, None where it is not known to be right now; `read_whole(mount id, digest, size)` are the bytes of a
+    small one, hashed.
     """
 
     def __init__(
