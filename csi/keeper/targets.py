@@ -40,9 +40,9 @@ class Targets:
         the node's own directory below.
 
         A target that shows that mount already, in either way, is left alone (returns False). Another one of ours, over plain
-        files or over a superblock among the `live` devices, is replaced. Over one that is dead the new one is put: then it comes up in running containers
-        too, where they have the volume with `mountPropagation: HostToContainer`; a dead mount that was taken away first would
-        stay in them. `unbind` takes all of them away.
+        files or over a superblock among the `live` devices, is replaced. Over one that is dead the new one is put: then it comes
+        up in running containers too, where they have the volume with `mountPropagation: HostToContainer`; a dead mount that was
+        taken away first would stay in them. `unbind` takes all of them away.
 
         Raises: MountError for a target that is not an empty directory, or holds a mount that is not ours; then
         nothing was changed, and a directory made here is gone again.
