@@ -80,6 +80,7 @@ class Worker:
         self._fetcher: socket.socket | None = None
         self._build: Build | None = None
         self._build_moved = trio.Event()
+        self._stopping = False
         self._told_failed_at, self._untold_failures = -_EVENT_INTERVAL_S, 0
 
     async def run(self) -> None:
@@ -286,9 +287,11 @@ class Worker:
     async def _serve_connection(self, backend: Backend, connection: Connection, on_serving: Any) -> None:
         await backend.serve(connection, on_serving)
         assert self._nursery is not None
-        self._nursery.cancel_scope.cancel()
+        if not self._stopping:  # else whoever told us to leave is to hear that we do
+            self._nursery.cancel_scope.cancel()
 
     async def _stop(self, patience_s: float) -> None:
+        self._stopping = True
         if self._backend is not None:
             self._backend.stop()
             with trio.move_on_after(patience_s):
