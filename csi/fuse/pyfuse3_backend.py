@@ -15,6 +15,7 @@ import errno
 import functools
 import logging
 import os
+import select
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -173,6 +174,10 @@ def _attributes(entry: Entry) -> pyfuse3.EntryAttributes:
     return attributes
 
 
+_QUIET_PATIENCE_S = 1.0
+"""How long a session that is to end goes on where one request follows the other without a pause."""
+
+
 class Pyfuse3Backend:
     """One session, once per process. See `csi.fuse.port.Backend` for the contract.
 
@@ -183,12 +188,13 @@ class Pyfuse3Backend:
         self._namespace = namespace
         self._reader = reader
         self._running = False
+        self._session_fd = -1
 
     async def serve(self, connection: Connection, on_serving: Callable[[], None]) -> None:
         """See `Backend.serve`."""
         os.close(connection.table_fd)
         session_end, kernel_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        session_fd = session_end.detach()
+        session_fd = self._session_fd = session_end.detach()
         kernel_end.send(connection.init)
 
         def switch_to_kernel() -> None:
@@ -208,6 +214,18 @@ class Pyfuse3Backend:
 
     def stop(self) -> None:
         """See `Backend.stop`."""
+        if self._running:
+            trio.lowlevel.spawn_system_task(self._terminate)
+
+    async def _terminate(self) -> None:
+        """Not while a request waits to be read: a task may have been woken for it, and libfuse looks after it has read whether the
+        session has ended, and drops what it has read.
+        """
+        poll = select.poll()
+        poll.register(self._session_fd, select.POLLIN)
+        deadline = trio.current_time() + _QUIET_PATIENCE_S
+        while self._running and poll.poll(0) and trio.current_time() < deadline:
+            await trio.sleep(0.001)
         if self._running:
             pyfuse3.terminate()
 
