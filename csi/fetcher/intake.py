@@ -244,11 +244,7 @@ class Intake:
             except CacheError as exc:
                 self._refused(exc)
                 return Outcome.CUT_SHORT
-            for start in range(lent.written, length, blocks.PIECE_BYTES):
-                piece = content[start : start + blocks.PIECE_BYTES]
-                reader.readinto(piece)
-                if check is not None:
-                    check.update(piece)
+            _read_pieces(reader, content[lent.written :], check)
             if check is not None and hashes is not None and not hashes.is_hash(lent.block, check.digest()):
                 return Outcome.WRONG
             self._lend(lent.blob, lent.block, lent.slot, lent)
@@ -367,9 +363,14 @@ class Intake:
 def _receive(reader: RangeReader, content: memoryview, hashes: BlobHashes | None, block: int) -> bool:
     """A whole block in memory. Whether it is right, as far as that is known."""
     check = index.hasher() if hashes is not None else None
+    _read_pieces(reader, content, check)
+    return check is None or hashes is None or hashes.is_hash(block, check.digest())
+
+
+def _read_pieces(reader: RangeReader, content: memoryview, check: Hasher | None) -> None:
+    """Fill `content`, and hash it while it is in a core's cache."""
     for start in range(0, len(content), blocks.PIECE_BYTES):
         piece = content[start : start + blocks.PIECE_BYTES]
         reader.readinto(piece)
         if check is not None:
             check.update(piece)
-    return check is None or hashes is None or hashes.is_hash(block, check.digest())
