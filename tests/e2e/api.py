@@ -18,6 +18,12 @@ NAMESPACE = "modelmount-system"
 _WORKLOADS = "/apis/apps/v1/namespaces"
 
 
+def is_ready(found: dict[str, Any]) -> bool:
+    """Whether a node's or a pod's conditions say so."""
+    conditions = found.get("status", {}).get("conditions", [])
+    return any(entry["type"] == "Ready" and entry["status"] == "True" for entry in conditions)
+
+
 class KubernetesApi:
     """Calls of one cluster as its administrator. `is_local`: this process runs the node and may look at it."""
 
@@ -242,8 +248,9 @@ class KubernetesApi:
             observed = status.get("observedGeneration") == found["metadata"]["generation"]
             on_delete = found["spec"]["updateStrategy"]["type"] == "OnDelete"
             updated = on_delete or status.get("updatedNumberScheduled", 0) == wanted
-            alone = len(self.driver_pods(component)) == wanted
-            return bool(observed and wanted and updated and alone and status.get("numberReady") == wanted)
+            # The pods themselves: the DaemonSet may still count one that has just been deleted as ready.
+            pods = self.driver_pods(component)
+            return bool(observed and wanted and updated and len(pods) == wanted and all(map(is_ready, pods)))
 
         self.wait(f"{component} to be rolled out", rolled_out, timeout_s)
 

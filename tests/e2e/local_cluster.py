@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from e2e.api import KubernetesApi
+from e2e.api import KubernetesApi, is_ready
 from e2e.images import PROVISIONER_IMAGE, READER_IMAGE, busybox_image, image_of
 
 from csi import mountinfo
@@ -140,8 +140,7 @@ class LocalCluster(KubernetesApi):
             node = self.request("GET", f"/api/v1/nodes/{NODE}")
         except requests.RequestException:
             return False
-        conditions = node.get("status", {}).get("conditions", [])
-        return any(entry["type"] == "Ready" and entry["status"] == "True" for entry in conditions)
+        return is_ready(node)
 
     # --- containers ---------------------------------------------------------------------------------------------
 
