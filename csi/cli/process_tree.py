@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from csi import heap
 from csi.cli import supervisor
 from csi.control import endpoint
 from csi.control.keeper import SOCKET_NAME as KEEPER_SOCKET
@@ -156,6 +157,7 @@ def run_tree(args: argparse.Namespace) -> int:
             ],
             lambda: _listens(endpoint_path(args.endpoint)),
         )
+        heap.give_back()
         tree.watch(lambda: stop_requested)
         return 0
     finally:

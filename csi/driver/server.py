@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from csi import heap
 from csi.boot import this_boot
 from csi.control.keeper import KeeperClient
 from csi.control.supervisor import SupervisorClient
@@ -192,4 +193,5 @@ async def _recover(publisher: Publisher, recovered: asyncio.Event) -> None:
             await asyncio.sleep(0.5)
             continue
         recovered.set()
+        heap.give_back()
         return

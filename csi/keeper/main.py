@@ -21,7 +21,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from csi import mountinfo
+from csi import heap, mountinfo
 from csi.boot import this_boot
 from csi.control import endpoint, wire
 from csi.control.keeper import SOCKET_NAME
@@ -388,6 +388,7 @@ def serve(settings: KeeperSettings) -> None:
         listener = endpoint.listen(path)
         keeper.recover()
     log.info("keeper serves at %s", path)
+    heap.give_back()
     if kernel_version(platform.release()) < _RESEND_SINCE:
         log.warning(
             "Linux %s has no FUSE_NOTIFY_RESEND (6.9): of a mount served by pyfuse3, requests a worker holds when it "

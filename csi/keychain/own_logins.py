@@ -6,11 +6,14 @@ What fails here is logged and left out: a public model needs none of it.
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from csi.credentials import Credentials, united
 from csi.errors import ModelMountError
 from csi.keychain import docker_config
-from csi.keychain.plugins import CredentialPlugins
+
+if TYPE_CHECKING:
+    from csi.keychain.plugins import CredentialPlugins
 
 log = logging.getLogger(__name__)
 
@@ -45,5 +48,8 @@ def own_logins(registry_config: str | None, provider_config: str | None, provide
     """From the paths that an administrator has set; the last two go together. Raises: InvalidVolumeError for a plugin
     configuration that cannot be used.
     """
-    plugins = CredentialPlugins(provider_config, provider_bin_dir) if provider_config and provider_bin_dir else None
-    return OwnLogins(registry_config, plugins)
+    if not provider_config or not provider_bin_dir:
+        return OwnLogins(registry_config, None)
+    from csi.keychain.plugins import CredentialPlugins  # with YAML, which nothing else on a node reads
+
+    return OwnLogins(registry_config, CredentialPlugins(provider_config, provider_bin_dir))

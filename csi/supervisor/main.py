@@ -20,6 +20,7 @@ import signal
 import socket
 from typing import Any
 
+from csi import heap
 from csi.control import endpoint, wire
 from csi.control.supervisor import SOCKET_NAME
 from csi.credentials import Keyring, from_wire, keyring_from_wire
@@ -93,6 +94,7 @@ class _Server:
 
     async def _renew(self) -> None:
         await self._supervisor.renew_all()
+        heap.give_back()
         if self._settings.ready_file is not None:
             with open(self._settings.ready_file, "w", encoding="ascii"):
                 pass

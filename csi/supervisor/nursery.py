@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from csi import heap
 from csi.control import wire
 from csi.errors import ControlError, ModelMountError
 
@@ -48,7 +49,7 @@ def run(control_fd: int, kinds: Mapping[str, Kind]) -> int:
     children: dict[int, int] = {}
     poll = select.poll()
     poll.register(control, select.POLLIN)
-    gc.collect()
+    heap.give_back()
     gc.freeze()  # so that no collection in a child writes to what it shares
     while True:
         for fd, _ in poll.poll():

@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
 VALUES: dict[str, set[str]] = {
     "boot": set(),
     "errors": set(),
+    "heap": set(),
     "mountinfo": set(),
     "credentials": {"errors"},
     "registry_hosts": {"errors"},
