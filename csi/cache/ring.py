@@ -3,7 +3,8 @@
 Shared memory of a fixed number of slots, each as large as a block. The fetcher lends a slot with a block in it and
 says so; the worker copies out what its readers ask for and gives the slot back. A slot is never written while it is
 lent, and lending and giving back are messages, so neither side needs a lock in the memory. Nothing is allocated until
-the first block is lent.
+the first block is lent. The seal that keeps the worker from writing keeps the fetcher from punching holes, too; so what is
+not needed any more is given back by taking new memory in its place.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import fcntl
 import mmap
 import os
 import threading
+import time
+from collections.abc import Callable
 
 from csi.stream.blocks import BLOCK_BYTES
 
@@ -23,12 +26,9 @@ class LendingRing:
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self.fd = os.memfd_create("blocks", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, slots * BLOCK_BYTES)
-        self._memory = memoryview(mmap.mmap(self.fd, slots * BLOCK_BYTES))
-        # Whoever gets the descriptor can only read; what is in a slot may still have to be written to the cache.
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        self.fd, self._memory = _new_memory(slots * BLOCK_BYTES)
         self._holders = [0] * slots
+        self._last_taken: float | None = None
         self._lock = threading.Lock()
 
     def take(self) -> int | None:
@@ -37,6 +37,7 @@ class LendingRing:
             slot = next((slot for slot in range(self.slots) if not self._holders[slot]), None)
             if slot is not None:
                 self._holders[slot] = 1
+                self._last_taken = time.monotonic()
             return slot
 
     def lend(self, content: memoryview) -> int | None:
@@ -63,10 +64,39 @@ class LendingRing:
                 self._holders[slot] -= 1
 
     @property
+    def unused_s(self) -> float | None:
+        """Seconds since a slot was taken. None: nothing of the memory was ever used."""
+        with self._lock:
+            return None if self._last_taken is None else time.monotonic() - self._last_taken
+
+    def renew(self, tell: Callable[[int], bool]) -> bool:
+        """Give the memory back and take new, which `fd` is from then on, if nobody holds a slot and `tell`, called with the new
+        descriptor, says that whoever borrows has heard of it. Nothing is lent meanwhile, so `tell` must not wait.
+        """
+        with self._lock:
+            if any(self._holders):
+                return False
+            fd, memory = _new_memory(self.slots * BLOCK_BYTES)
+            old = self.fd if (told := tell(fd)) else fd
+            if told:
+                self.fd, self._memory, self._last_taken = fd, memory, None
+            os.close(old)
+            return told
+
+    @property
     def free_slots(self) -> int:
         """How many more blocks can be lent."""
         with self._lock:
             return self._holders.count(0)
+
+
+def _new_memory(size_bytes: int) -> tuple[int, memoryview]:
+    fd = os.memfd_create("blocks", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size_bytes)
+    memory = memoryview(mmap.mmap(fd, size_bytes))
+    # Whoever gets the descriptor can only read; what is in a slot may still have to be written to the cache.
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    return fd, memory
 
 
 class BorrowedBlocks:

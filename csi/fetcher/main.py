@@ -26,7 +26,7 @@ Here is who is asked what; the work is done elsewhere:
     serving        the engine and who talks to it    `csi.fetcher.serving`
     worker         the channel to it                 `csi.fetcher.worker_link`
 
-To a worker it sends `ring` (shared memory), and says `lent` (the block is in that slot, until the worker says
+To a worker it sends `ring` (shared memory; again when it has taken new), and says `lent` (the block is in that slot, until the worker says
 `returned`), `have` (the block is marked in the shared map), `fail` (it will not come) and `trouble` (what
 readers should be told when their deadline passes). These may be lost; workers ask again.
 """
@@ -91,7 +91,7 @@ class Fetcher:
     def run(self) -> None:
         """Until `stop`, or until nobody holds the other end of the control socket: supervisor and keeper are gone."""
         while True:
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(self._worker.give_memory_back()):
                 if key.fileobj is self._control:
                     try:
                         received = wire.recv(self._control)

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 RING_SLOTS = 16
 """64 MiB, and nothing of it is used while the cache takes what comes."""
+_QUIET_S = 1.0
+"""After so long without a loan the memory goes back to the system."""
 
 
 class WorkerLink:
@@ -47,7 +49,7 @@ class WorkerLink:
         with self._lending:
             self._drop()
             self._worker = worker
-            self.tell({"op": "ring"}, [self.ring.fd])  # before anything in it is lent
+            self._tell_of_ring(self.ring.fd)  # before anything in it is lent
         self._selector.register(worker, selectors.EVENT_READ)
 
     def receive(self) -> tuple[wire.Message, list[int]] | None:
@@ -96,6 +98,21 @@ class WorkerLink:
             for slot in slots:
                 if self._lent.pop(slot, None) is not None:
                     self.ring.release(slot)
+
+    def give_memory_back(self) -> float | None:
+        """Do so if nothing was lent for a while and nothing is lent now. Returns the seconds until it is worth another call;
+        None: not before a message has come from the worker. A loan is followed by one.
+        """
+        with self._lending:
+            unused_s = self.ring.unused_s
+            if unused_s is None or self._lent:
+                return None
+            if unused_s < _QUIET_S:
+                return _QUIET_S - unused_s
+            return None if self.ring.renew(self._tell_of_ring) else _QUIET_S
+
+    def _tell_of_ring(self, fd: int) -> bool:
+        return self._worker is None or self.tell({"op": "ring"}, [fd])
 
     def _drop(self) -> None:
         """That worker is gone, and what it was lent comes back. Call with `_lending`."""

@@ -168,7 +168,7 @@ class CachedReader:
             self._return_lent(next(iter(self._lent)))
 
     def use_ring(self, ring: BorrowedBlocks) -> None:
-        """A (new) fetcher lends from there; what an earlier one lent is gone."""
+        """A (new) fetcher lends from there, or the same one from other memory; nothing that was lent before is lent any more."""
         self._ring = ring
         self._lent.clear()
         self._read_out.clear()
