@@ -14,6 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any
 
 from csi.cache.allowance import LARGEST_GRANT_BYTES
@@ -46,6 +47,14 @@ _LONGEST_DELAY_S = 10.0
 _SLOT = "fetcher"
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What a fetcher was told when it started, and may be otherwise by the time it is the mount's."""
+
+    sources: list[Source] = field(repr=False)
+    fill: bool
+
+
 class Fetching(Half):
     """Of one mount. `sources` says where bytes may come from at any time; `event` remembers what people should know.
 
@@ -75,7 +84,7 @@ class Fetching(Half):
         self.resting = False
         """The model is complete and nobody reads it, so no fetcher runs; the next worker, or question, starts one."""
         self._asides: set[asyncio.Task[None]] = set()
-        self._next: Child | None = None
+        self._next: tuple[Child, _Told] | None = None
         self._layout_fd = -1
         self.area_fd = -1
         self.filling = False
@@ -94,10 +103,14 @@ class Fetching(Half):
         if reference.is_layout:
             self._layout_fd = os.open(reference.layout_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    async def start(self, fetcher: Child, sources: list[Source]) -> None:
-        """Give a fetcher its mount. Raises: what its registry answered, ControlError."""
+    async def start(self, fetcher: Child) -> _Told:
+        """Give a fetcher its mount. What changes meanwhile goes to `child`: see `_catch_up` for one that is not yet that.
+
+        Raises: what its registry answered, ControlError.
+        """
         fetcher.on_notification = self._on_notification
-        await self._send_hosts(fetcher, sources)
+        await self._send_hosts(fetcher)
+        sources, fill = self._sources(), self.filling
         share = self._memory.share_of(self._key.mount_id)
         sources_fd = wire.memfd("sources", json.dumps(sources).encode())
         fds = [sources_fd, self.area_fd, *([self._layout_fd] if self._layout_fd >= 0 else [])]
@@ -110,7 +123,7 @@ class Fetching(Half):
             threads=min(self._settings.fetch_threads, share.threads),
             most_threads=share.threads,
             lent_blocks=share.lent_blocks,
-            fill=self.filling or self._key.verify is not Verify.CHUNK,
+            fill=fill or self._key.verify is not Verify.CHUNK,
             verify=str(self._key.verify),
             variant=self._key.view.variant,
             allowance=await self._granted(left_bytes=0, wanted_bytes=LARGEST_GRANT_BYTES),
@@ -127,6 +140,7 @@ class Fetching(Half):
             log.info("mount %s shares nothing: %s", self._name, exc)
         finally:
             wire.close_all([sources_fd, *layers_fds])
+        return _Told(sources, fill)
 
     async def keep(self) -> None:
         """Leave the fetcher with the keeper, for a supervisor after us."""
@@ -161,23 +175,24 @@ class Fetching(Half):
             return
         fetcher = await self._pool.take("fetcher")
         try:
-            await self.start(fetcher, self._sources())
+            told = await self.start(fetcher)
         except BaseException:
             fetcher.kill()
             raise
-        self._next = fetcher
+        self._next = fetcher, told
 
     async def drop_next(self) -> None:
         """It is not used after all."""
-        fetcher, self._next = self._next, None
-        if fetcher is not None:
-            await fetcher.stop()
+        following, self._next = self._next, None
+        if following is not None:
+            await following[0].stop()
 
     async def switch(self) -> None:
         """Use that one. While no worker serves the mount: the next one gets a channel to it."""
-        fetcher, self._next = self._next, None
-        if fetcher is None:
+        following, self._next = self._next, None
+        if following is None:
             return
+        fetcher, told = following
         if self._stopping:
             await fetcher.stop()
             return
@@ -185,6 +200,7 @@ class Fetching(Half):
             old, self.child = self.child, fetcher
             if old is not None and not await old.stop():
                 log.warning("mount %s: its old fetcher cannot be ended", self._name)
+            await self._catch_up(told)
             await self.keep()
 
     async def channel(self) -> socket.socket:
@@ -199,14 +215,14 @@ class Fetching(Half):
                     log.warning("mount %s: %s; its successor gets a channel of its own", self._name, exc)
         return worker_end
 
-    async def use(self, sources: list[Source]) -> None:
-        """Fetch from there, and as those, from now on."""
-        if self.child is not None:
+    async def use_sources(self) -> None:
+        """Fetch from where `sources` says now, and as those."""
+        if (fetcher := self.child) is not None:
             with contextlib.suppress(ControlError):  # a new fetcher gets them when it starts
-                await self._send_hosts(self.child, sources)
-                sources_fd = wire.memfd("sources", json.dumps(sources).encode())
+                await self._send_hosts(fetcher)
+                sources_fd = wire.memfd("sources", json.dumps(self._sources()).encode())
                 try:
-                    await self.child.call(
+                    await fetcher.call(
                         "credentials",
                         5.0,
                         [sources_fd],
@@ -215,6 +231,14 @@ class Fetching(Half):
                     )
                 finally:
                     os.close(sources_fd)
+
+    async def _catch_up(self, told: _Told) -> None:
+        """`child` has just begun to be that: what changed since it was started went to the one before it, or to none."""
+        with contextlib.suppress(ModelMountError):  # it has died: its successor is told when it starts
+            if self._sources() != told.sources:
+                await self.use_sources()
+            if self.filling and not told.fill and self.child is not None:
+                await self.child.call("fill", 5.0)
 
     async def fill(self) -> None:
         """Fetch the whole model from now on: one volume at least wants it."""
@@ -325,7 +349,7 @@ class Fetching(Half):
             fetcher: Child | None = None
             try:
                 fetcher = await self._pool.take("fetcher")
-                await self.start(fetcher, self._sources())
+                told = await self.start(fetcher)
             except ModelMountError as exc:
                 log.error("mount %s: no new fetcher: %s", self._name, exc)
                 if fetcher is not None:
@@ -337,6 +361,7 @@ class Fetching(Half):
                 await fetcher.stop()
                 return
             self.child = fetcher
+            await self._catch_up(told)
             await self.keep()
             with contextlib.suppress(ModelMountError):  # a worker that died meanwhile: its successor gets a channel
                 await self._on_replaced()
@@ -399,10 +424,12 @@ class Fetching(Half):
         if self.child is not None:
             await self.child.call("shared", 5.0, digest=digest, fresh=fresh)
 
-    async def _send_hosts(self, fetcher: Child, sources: list[Source]) -> None:
+    async def _send_hosts(self, fetcher: Child) -> None:
         """A live mount goes on without mirrors that somebody has misspelt meanwhile."""
         try:
-            await send_hosts(fetcher, [Reference.parse(source["reference"]) for source in sources], self._settings)
+            await send_hosts(
+                fetcher, [Reference.parse(source["reference"]) for source in self._sources()], self._settings
+            )
         except InvalidVolumeError as exc:
             log.error("mount %s: without its mirrors: %s", self._name, exc)
 

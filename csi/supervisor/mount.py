@@ -165,7 +165,7 @@ class Mount:
             worker_ready = asyncio.create_task(self._pool.take("worker"))
             self.fetching.open(self.reference)
             worker = self.serving.child = await worker_ready
-            await self.fetching.start(fetcher, self._sources())
+            await self.fetching.start(fetcher)
             await self.fetching.prove(fetcher, self.reference)
             area_fd = self.fetching.area_fd
             origins = ["" if parent.origin == self.reference.origin else parent.origin for parent in self.parents]
@@ -318,7 +318,7 @@ class Mount:
         if self.leases or (credentials, parents) == (self._first_credentials, self._first_parents):
             return
         self._first_credentials, self._first_parents = credentials, parents
-        await self.fetching.use(self._sources())
+        await self.fetching.use_sources()
 
     async def access(self, reference: Reference, credentials: Credentials) -> None:
         """Whether these credentials may read the model (or the parent of it whose digest `reference` has), asked of the
@@ -342,7 +342,7 @@ class Mount:
         self.leases[target_path] = lease
         self.save()
         if self._sources() != before:
-            await self.fetching.use(self._sources())
+            await self.fetching.use_sources()
 
     async def seal(self) -> bool:
         """Whether a new target may show the model as plain files."""
@@ -356,7 +356,7 @@ class Mount:
         lease = self.leases[target_path]
         if (lease.credentials, lease.parents) != (credentials, parents):
             lease.credentials, lease.parents = credentials, parents
-            await self.fetching.use(self._sources())
+            await self.fetching.use_sources()
 
     async def drop_lease(self, target_path: str) -> None:
         """The target does not show the mount any more, so its credentials are not used for others either."""
@@ -364,7 +364,7 @@ class Mount:
         del self.leases[target_path]
         self.save()
         if self.leases:
-            await self.fetching.use(self._sources())
+            await self.fetching.use_sources()
 
     async def progress(self) -> tuple[int, int, ModelMountError | None]:
         """Bytes verified whole, bytes of the model, and what makes the first of them never complete."""
