@@ -70,18 +70,23 @@ class LendingRing:
             return None if self._last_taken is None else time.monotonic() - self._last_taken
 
     def renew(self, tell: Callable[[int], bool]) -> bool:
-        """Give the memory back and take new, which `fd` is from then on, if nobody holds a slot and `tell`, called with the new
-        descriptor, says that whoever borrows has heard of it. Nothing is lent meanwhile, so `tell` must not wait.
+        """Give the memory back and take new, which `fd` is from then on, if nobody holds a slot, there is new memory, and `tell`,
+        called with the new descriptor, says that whoever borrows has heard of it. Nothing is lent meanwhile, so `tell` must
+        not wait.
         """
         with self._lock:
             if any(self._holders):
                 return False
-            fd, memory = _new_memory(self.slots * BLOCK_BYTES)
-            old = self.fd if (told := tell(fd)) else fd
-            if told:
-                self.fd, self._memory, self._last_taken = fd, memory, None
-            os.close(old)
-            return told
+            try:
+                fd, memory = _new_memory(self.slots * BLOCK_BYTES)
+            except OSError:  # no descriptor, or no address space, to spare: what there is goes on
+                return False
+            if not tell(fd):
+                os.close(fd)
+                return False
+            os.close(self.fd)
+            self.fd, self._memory, self._last_taken = fd, memory, None
+            return True
 
     @property
     def free_slots(self) -> int:
@@ -91,11 +96,16 @@ class LendingRing:
 
 
 def _new_memory(size_bytes: int) -> tuple[int, memoryview]:
+    """A descriptor that nobody can write through, and our mapping of it. Raises: OSError."""
     fd = os.memfd_create("blocks", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, size_bytes)
-    memory = memoryview(mmap.mmap(fd, size_bytes))
-    # Whoever gets the descriptor can only read; what is in a slot may still have to be written to the cache.
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    try:
+        os.ftruncate(fd, size_bytes)
+        memory = memoryview(mmap.mmap(fd, size_bytes))
+        # Whoever gets the descriptor can only read; what is in a slot may still have to be written to the cache.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except OSError:
+        os.close(fd)
+        raise
     return fd, memory
 
 

@@ -26,9 +26,9 @@ Here is who is asked what; the work is done elsewhere:
     serving        the engine and who talks to it    `csi.fetcher.serving`
     worker         the channel to it                 `csi.fetcher.worker_link`
 
-To a worker it sends `ring` (shared memory; again when it has taken new), and says `lent` (the block is in that slot, until the worker says
-`returned`), `have` (the block is marked in the shared map), `fail` (it will not come) and `trouble` (what
-readers should be told when their deadline passes). These may be lost; workers ask again.
+To a worker it sends `ring` (shared memory; again when it has taken new), and says `lent` (the block is in that slot,
+until the worker says `returned`), `have` (the block is marked in the shared map), `fail` (it will not come) and
+`trouble` (what readers should be told when their deadline passes). These may be lost; workers ask again.
 """
 
 from __future__ import annotations

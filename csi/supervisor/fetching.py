@@ -110,6 +110,8 @@ class Fetching(Half):
         """
         fetcher.on_notification = self._on_notification
         await self._send_hosts(fetcher)
+        allowance = await self._granted(left_bytes=0, wanted_bytes=LARGEST_GRANT_BYTES)
+        # No wait from here to the call: what changes from now on is sent after it.
         sources, fill = self._sources(), self.filling
         share = self._memory.share_of(self._key.mount_id)
         sources_fd = wire.memfd("sources", json.dumps(sources).encode())
@@ -126,7 +128,7 @@ class Fetching(Half):
             fill=fill or self._key.verify is not Verify.CHUNK,
             verify=str(self._key.verify),
             variant=self._key.view.variant,
-            allowance=await self._granted(left_bytes=0, wanted_bytes=LARGEST_GRANT_BYTES),
+            allowance=allowance,
         )
         self.proven.update(map(str, reply.pop("origins", ())))
         self.index = str(reply.pop("index", "none"))

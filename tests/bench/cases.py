@@ -189,8 +189,8 @@ def latency(bench: Bench) -> None:
 def slow_disk(bench: Bench) -> None:
     """The cache's writer takes 100 MB/s."""
     environment = {
-        "PYTHONPATH": str(_HERE / "slow_disk"),
-        "MODELMOUNT_BENCH_WRITE_BYTES_PER_S": str(_SLOW_DISK_BYTES_PER_S),
+        "PYTHONPATH": str(_HERE.parent / "support" / "slow_disk"),
+        "MODELMOUNT_TEST_WRITE_BYTES_PER_S": str(_SLOW_DISK_BYTES_PER_S),
     }
     cold(bench, "cold quick disk", bench.registry.host)
     os.environ.update(environment)

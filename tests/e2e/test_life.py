@@ -384,9 +384,8 @@ def test_a_complete_model_is_shown_as_plain_files_where_that_is_wished(
             with reading(cluster, model, "late"):
                 (mount,) = cluster.status()
                 assert len(mount["targets"]) == 2
-                sealed = mount["sealed"][
-                    "targets"
-                ]  # the first one's too, where an earlier scenario has left the model here
+                # The first one's too, where an earlier scenario has left the model here.
+                sealed = mount["sealed"]["targets"]
                 assert sealed
                 for component in ("supervisor", "node", "keeper"):
                     delete_driver_pod(cluster, component)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import selectors
 import socket
 from collections.abc import Iterator
@@ -135,6 +136,21 @@ def test_a_worker_that_cannot_be_told_keeps_the_memory_it_has(link: WorkerLink, 
     assert os.fstat(link.ring.fd).st_ino == before
     for _ in range(said):
         wire.recv(worker.channel)
+    slot = lend(link, worker, b"two")
+    assert bytes(worker.borrowed.content(slot, 0, 3)) == b"two"
+
+
+def test_without_a_descriptor_to_spare_the_memory_there_is_goes_on(link: WorkerLink, worker: Worker) -> None:
+    link.returned([lend(link, worker, b"one")])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unused = os.dup(0)
+    os.close(unused)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (unused, hard))
+    try:
+        assert link.give_memory_back() == 0.0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert worker.hears_nothing()
     slot = lend(link, worker, b"two")
     assert bytes(worker.borrowed.content(slot, 0, 3)) == b"two"
 

@@ -1,4 +1,4 @@
-"""A fail-point: with MODELMOUNT_BENCH_WRITE_BYTES_PER_S the cache's writer takes no more than that, as a slow disk would.
+"""A fail-point: with MODELMOUNT_TEST_WRITE_BYTES_PER_S the cache's writer takes no more than that, as a slow disk would.
 
 Python imports this at the start of each process of a node that has this directory in PYTHONPATH.
 """
@@ -9,7 +9,7 @@ import os
 import threading
 import time
 
-if limit := float(os.environ.get("MODELMOUNT_BENCH_WRITE_BYTES_PER_S", "0")):
+if limit := float(os.environ.get("MODELMOUNT_TEST_WRITE_BYTES_PER_S", "0")):
     from csi.cache import blob
 
     _write = blob.BlockWrite.write
